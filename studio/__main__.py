@@ -1,0 +1,7 @@
+"""`python -m studio`, and `accelerate launch -m studio`."""
+
+from __future__ import annotations
+
+from studio.cli import main
+
+main()

@@ -1,0 +1,125 @@
+"""`studio train-sd`: from flags to a run, and what it made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from studio.commands.flags import Json, with_flags
+from studio.config import TrainSDConfig
+from studio.errors import ConfigError, DatasetError
+from studio.runs import Run
+from studio.settings import load, resolve
+from studio.terminal import emit
+
+if TYPE_CHECKING:
+    from trainers.sd import TrainResult
+
+FLAGS = {
+    "model": "model.source",
+    "data": "data.folder",
+    "output_dir": "output.folder",
+    "name": "output.name",
+    "method": "adapter.method",
+    "rank": "adapter.rank",
+    "alpha": "adapter.alpha",
+    "targets": "adapter.targets",
+    "steps": "train.steps",
+    "lr": "optimizer.lr",
+    "batch_size": "train.batch_size",
+    "resolution": "data.resolution",
+    "precision": "model.precision",
+    "seed": "train.seed",
+    "train_text_encoder": "adapter.train_text_encoder",
+    "format": "output.format",
+}
+
+
+@with_flags(TrainSDConfig, FLAGS)
+def train_sd(
+    settings: dict[str, Any],
+    preset: Annotated[str | None, typer.Option(help="Settings below all others: a shipped name, or a file.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings from a .yaml, .toml or .json file.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting: GROUP.KEY=VALUE.", metavar="KEY=VALUE")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue this run folder with its own settings.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, exit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a LoRA for Stable Diffusion or SDXL.
+
+    Without flags, it trains the demo on the built-in base. Later wins: defaults, preset, config file,
+    flags and --set. The defaults are for full-size models; the built-in base has its own preset,
+    builtin-style.
+    """
+    if resume and (preset or config or sets or any(value is not None for value in settings.values())):
+        raise ConfigError("--resume continues a run with its own settings: give no others, or start a new run")
+    if resume:
+        chosen = load(TrainSDConfig, Run.open(resume).config_file)
+    else:
+        chosen = resolve(TrainSDConfig, preset, config, settings, sets or ())
+    if dry_run:
+        from trainers import sd
+
+        plan = sd.plan(chosen)
+        emit(plan, str(plan), as_json)
+        return
+    _train(chosen, resume, as_json)
+
+
+def _train(config: TrainSDConfig, resume: Path | None, as_json: bool) -> None:
+    from studio.progress import show_run
+    from trainers import sd
+
+    run = _same_run_everywhere(
+        lambda: Run.open(resume) if resume else Run.create(config.output.folder, config.output.name, config)
+    )
+    try:
+        with run.session(), show_run(run, config.train.batch_size * config.train.gradient_accumulation * _processes()):
+            result = sd.train(config, run)
+    except (ConfigError, DatasetError):
+        if run.is_main and not resume and run.status.step == 0:
+            shutil.rmtree(run.folder, ignore_errors=True)  # it holds nothing but the mistake
+        raise
+    if run.is_main:
+        facts = {"state": run.status.state, "step": run.status.step, **vars(result)}
+        emit(facts, _summary(result, run), as_json)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _same_run_everywhere(make: Callable[[], Run]) -> Run:
+    """The run of all processes of an `accelerate launch`: the main one makes it and tells the others."""
+    if _processes() == 1:
+        return make()
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    is_main = PartialState().is_main_process
+    run = make() if is_main else None
+    shared = broadcast_object_list([str(run.folder) if run else ""])
+    return run or Run(Path(shared[0]), is_main=False)
+
+
+def _summary(result: TrainResult, run: Run) -> str:
+    if run.status.state == "stopped":
+        resume = f"studio train-sd --resume {run.folder}"
+        return f"Stopped and saved at step {run.status.step} of {run.status.total}. Go on with:\n  {resume}"
+    made = {"LoRA": result.file, "Before/after": result.sheet, "Loss plot": result.loss_plot, "Run": result.run_folder}
+    lines = [f"{label + ':':<14}{_short(path)}" for label, path in made.items() if path]
+    used = [f"{check.consumer} {check.used}/{check.total}" for check in result.checks]
+    lines.append(f"{'Keys used by:':<14}{', '.join(used)}")
+    return "\n".join([*lines, "Next:", *(f"  {command}" for command in result.next_commands)])
+
+
+def _short(path: Path) -> Path:
+    """Relative to the current folder where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,197 @@
+"""One typed schema per command: the command line, presets, config files, forms and docs all come from it.
+
+Every field has a description with its unit and range; every unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from studio import paths
+
+
+def _absolute(folder: str) -> str:
+    """A folder as an absolute path, so that a run resumes from anywhere; names of other things stay."""
+    path = Path(folder).expanduser()
+    return str(path.resolve()) if folder and (path.exists() or folder.startswith((".", "~"))) else folder
+
+
+def _listed(value: Any) -> Any:
+    """`a,b` of the command line as ["a", "b"]."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
+
+
+class Group(BaseModel):
+    """A group of settings: typed, ranged, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Group):
+    source: Annotated[str, AfterValidator(_absolute)] = Field("builtin", min_length=1)
+    """The base to train on: "builtin", a hub id, a diffusers folder, or a single .safetensors checkpoint."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Precision of the computation; "auto" is bf16 or fp16 where the GPU has it and fp32 on a CPU."""
+
+
+class DataConfig(Group):
+    folder: Annotated[str, AfterValidator(_absolute)] = ""
+    """Folder of pictures and captions; the built-in base has the demo dataset as its default."""
+    resolution: int = Field(512, ge=16, le=4096, multiple_of=8)
+    """Picture size in pixels: each bucket has about resolution x resolution pixels."""
+    bucket_step: int = Field(64, ge=8, le=512, multiple_of=8)
+    """Bucket widths and heights are multiples of this many pixels."""
+    max_aspect: float = Field(2.0, ge=1, le=8)
+    """Longest side over shortest side of a bucket; 1 makes every bucket square."""
+    flip: bool = False
+    """Mirror each picture left to right half of the time."""
+    shuffle_captions: bool = False
+    """Shuffle the comma-separated parts of a caption at each step."""
+
+
+class LoRAConfig(Group):
+    method: str = "lora"
+    """The adapter method."""
+    rank: int = Field(16, ge=1, le=1024)
+    """Inner width of the adapter: capacity and file size grow with it."""
+    alpha: float | None = Field(None, gt=0)
+    """The adapter's scale is alpha / rank; without a value, alpha equals rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability of dropping each input of the adapter while training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    targets: Names = []
+    """Layers to adapt: roles ("attention"), globs, or "re:" and a regular expression; empty: the family's default."""
+    exclude: Names = []
+    """Layers to leave out of `targets`, in the same language."""
+    overrides: dict[str, dict[str, Any]] = {}
+    """Pattern -> settings that differ there, e.g. {"*.to_q": {"rank": 4}}; a later entry wins."""
+    train_text_encoder: bool = False
+    """Adapt the text encoders too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_rank(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("alpha") is None:
+            return {**values, "alpha": values.get("rank", cls.model_fields["rank"].default)}
+        return values
+
+
+class TrainConfig(Group):
+    steps: int = Field(1500, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(1, ge=1)
+    """Pictures a batch, on each device."""
+    gradient_accumulation: int = Field(1, ge=1)
+    """Batches added up for one optimizer step."""
+    seed: int = Field(0, ge=0)
+    """Seed of initialisation, noise, timesteps, crops and order."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the gradient's norm to this; 0 turns clipping off."""
+    checkpoint_every: int = Field(500, ge=0)
+    """Steps between checkpoints that a run can resume from; 0: only at a stop and at the end."""
+    sample_every: int = Field(250, ge=0)
+    """Steps between sample pictures; 0: only at the start and at the end."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third slower."""
+
+
+class OptimizerConfig(Group):
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: float = Field(1e-4, gt=0, le=10)
+    """Learning rate of the adapters."""
+    text_encoder_lr: float | None = Field(None, gt=0, le=10)
+    """Learning rate of the text encoders' adapters; without a value, `lr`."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """Decoupled weight decay of the adapters' parameters."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay rates of AdamW's running mean and mean square."""
+
+
+class ScheduleConfig(Group):
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """How the learning rate changes over the run; linear and cosine end at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps in which the learning rate rises from 0."""
+
+    @model_validator(mode="after")
+    def _warmup_is_used(self) -> ScheduleConfig:
+        if self.name == "constant" and self.warmup_steps:
+            raise ValueError("'constant' has no warm-up: use 'constant_with_warmup', or warmup_steps 0")
+        return self
+
+
+class LossConfig(Group):
+    min_snr_gamma: float | None = Field(None, gt=0)
+    """Min-SNR weighting of timesteps (arXiv:2303.09556), 5 in the paper; without a value, all weigh the same."""
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    """Probability of training a picture on the empty caption."""
+
+
+class SamplesConfig(Group):
+    prompts: list[str] = []
+    """Prompts of the sample pictures and the before/after sheet; empty: captions of the dataset."""
+    steps: int = Field(20, ge=1, le=1000)
+    """Sampler steps."""
+    guidance: float = Field(7.0, ge=0, le=50)
+    """Classifier-free guidance scale; 1 is no guidance."""
+    seed: int = Field(0, ge=0)
+    """Seed of the first sample picture; the next prompts take the next seeds."""
+
+
+class OutputConfig(Group):
+    folder: str = Field("runs", min_length=1)
+    """Folder that holds the runs."""
+    name: str = Field("", pattern=r"^[^/\\]*$", max_length=100)
+    """Name of the run and its file; without a value, the name of the data folder."""
+    format: Literal["kohya", "diffusers", "peft"] = "kohya"
+    """Layout of the saved file: "kohya" loads in most tools."""
+    trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_listed)] = []
+    """Services that get the metrics beside the run folder."""
+
+
+class TrainSDConfig(Group):
+    """The settings of `studio train-sd`."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    adapter: LoRAConfig = LoRAConfig.model_validate({})
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    samples: SamplesConfig = SamplesConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_and_name(cls, values: Any) -> Any:
+        """The demo dataset for the built-in base, and a name for the run."""
+        groups = {key: _as_dict(value) for key, value in values.items()}
+        data, output = dict(groups.get("data", {})), dict(groups.get("output", {}))
+        if not data.get("folder"):
+            if not _is_builtin(groups):
+                raise ValueError("there are no pictures to train on: give their folder with --data FOLDER")
+            data["folder"] = str(paths.assets() / "demo")
+        output["name"] = output.get("name") or Path(str(data["folder"])).resolve().name
+        return {**groups, "data": data, "output": output}
+
+    @classmethod
+    def default_preset(cls, settings: dict[str, Any]) -> str | None:
+        """The preset below `settings` when the user names none: the built-in base needs its own."""
+        return "builtin-style" if _is_builtin(settings) else None
+
+
+def _as_dict(value: Any) -> Any:
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+
+
+def _is_builtin(settings: dict[str, Any]) -> bool:
+    return settings.get("model", {}).get("source", "builtin") == "builtin"

@@ -1,0 +1,21 @@
+"""The device and the precision that "auto" means."""
+
+from __future__ import annotations
+
+import torch
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, or the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def precision_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """fp32, fp16 or bf16 as a dtype; "auto" is bf16 on a GPU that has it, fp16 on another, fp32 elsewhere."""
+    if precision != "auto":
+        return PRECISIONS[precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

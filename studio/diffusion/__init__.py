@@ -1,0 +1,1 @@
+"""Diffusion: training objectives, prompts, sampling, and pictures with their metadata."""

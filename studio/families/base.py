@@ -1,0 +1,117 @@
+"""What an architecture tells the studio: its components, target roles, key names, and how to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from studio.adapters.inject import Roles
+
+
+@dataclass
+class Models:
+    """The loaded parts of a base. `parts` holds nn.Modules by component name ("unet", "vae",
+    "text_encoder", "text_encoder_2"); `tokenizers` by the name of their text encoder;
+    `scheduler` is a diffusers scheduler config as a dict; `source` is what the user asked for."""
+
+    parts: dict[str, nn.Module]
+    tokenizers: dict[str, Any]
+    scheduler: dict[str, Any]
+    source: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts. `encoder_hidden_states` is (B, tokens, width); `pooled` (B, width) where the
+    family has one (SDXL)."""
+
+    encoder_hidden_states: Tensor
+    pooled: Tensor | None = None
+
+
+class ModelFamily:
+    """An architecture, whatever its size: the tiny model of a test and the full one are the same family."""
+
+    name: ClassVar[str]
+    components: ClassVar[tuple[str, ...]]  # adaptable parts, in kohya's order
+    roles: ClassVar[Roles]
+    default_targets: ClassVar[tuple[str, ...]]
+
+    def prefixes(self, models: Models) -> dict[str, nn.Module]:
+        """Name prefix -> adaptable module, in the canonical naming of `AdapterState`."""
+        raise NotImplementedError
+
+    def reference(self, variant: str = "") -> Models:
+        """The full-size published model on the meta device: names and shapes, no weights.
+
+        `variant` picks one where a family has several ("sd1", "sd2"). Tokenizers and scheduler are empty.
+        """
+        raise NotImplementedError
+
+
+FAMILIES: dict[str, ModelFamily] = {}
+
+
+class DiffusionFamily(ModelFamily):
+    """A family that denoises latents."""
+
+    def load(self, source: str, dtype: torch.dtype = torch.float32, config: str | None = None) -> Models:
+        """Loads a base from a hub id, a diffusers folder or a single-file checkpoint.
+
+        A single file holds neither configurations nor tokenizers: they come from `config`, a diffusers
+        folder, or from the hub. Raises ConfigError where a part cannot be found.
+        """
+        raise NotImplementedError
+
+    def encode_image(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of `pixels` (B, 3, H, W) in [-1, 1]; the mean without a generator."""
+        raise NotImplementedError
+
+    def encode_tokens(self, models: Models, tokens: Mapping[str, Tensor], clip_skip: int = 0) -> Conditioning:
+        """Encodes token ids (B, T) by the name of their text encoder; T is at most the tokenizer's length.
+
+        `encoder_hidden_states` joins the encoders' widths in the order of `models.tokenizers`.
+        `clip_skip` is the number of last layers left out, 0 for none (A1111 counts from 1).
+        Gradients flow into the text encoders. The primitive of `encode_prompt`, and of prompts
+        with weights or of any length.
+        """
+        raise NotImplementedError
+
+    def encode_prompt(self, models: Models, prompts: list[str], clip_skip: int = 0) -> Conditioning:
+        """Encodes plain prompts, cut at the tokenizer's length. Gradients flow into text encoders."""
+        tokens = {
+            name: tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            for name, tokenizer in models.tokenizers.items()
+        }
+        return self.encode_tokens(models, tokens, clip_skip)
+
+    def denoise(
+        self,
+        models: Models,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        """The network's raw prediction, shape of `noisy_latents`; `timesteps` (B,) are integers in
+        [0, 1000). `sizes` (B, 6) holds SDXL's original, crop and target sizes in pixels."""
+        raise NotImplementedError
+
+    def decode(self, models: Models, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] of scaled latents."""
+        raise NotImplementedError
+
+    def prediction_type(self, models: Models) -> str:
+        """ "epsilon" or "v_prediction" ("flow" for later families), from the base's scheduler config."""
+        return models.scheduler.get("prediction_type", "epsilon")

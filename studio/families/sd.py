@@ -1,0 +1,127 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net with cross-attention, an AutoencoderKL.
+
+Whether a base predicts the noise or the velocity is in its scheduler config, not in the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from studio.adapters.inject import Roles
+from studio.families.base import FAMILIES, Conditioning, DiffusionFamily, Models
+from studio.families.loading import load_pipeline
+
+UNET_ROLES: Roles = {
+    "attention": (r"unet\..+\.attn[12]\.to_(q|k|v|out\.0)",),
+    "self-attention": (r"unet\..+\.attn1\.to_(q|k|v|out\.0)",),
+    "cross-attention": (r"unet\..+\.attn2\.to_(q|k|v|out\.0)",),
+    "feed-forward": (r"unet\..+\.ff\.net\.(0\.proj|2)",),
+    "projections": (r"unet\..+\.attentions\.\d+\.proj_(in|out)",),
+    # with the time projections inside the ResNet blocks, as kohya's convolution set has them
+    "convolutions": (
+        r"unet\..+\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)",
+        r"unet\..+\.(down|up)samplers\.\d+\.conv",
+    ),
+    "time-embedding": (r"unet\.(time|add)_embedding\.linear_[12]",),
+    "text-encoder": (r"text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])",),
+}
+
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+SD1_UNET = {"cross_attention_dim": 768}
+SD2_UNET = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
+# OpenCLIP ViT-H without its last layer, as Stable Diffusion 2 uses it
+CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+
+
+class StableDiffusion(DiffusionFamily):
+    """Stable Diffusion 1.x and 2.x, epsilon and v-prediction, of any size."""
+
+    name = "sd"
+    components = ("text_encoder", "unet")
+    roles = UNET_ROLES
+    default_targets = ("attention", "feed-forward", "projections")
+    pipeline: ClassVar[str] = "StableDiffusionPipeline"  # diffusers' class for loading
+    left_out: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor")  # parts of it that nothing here uses
+
+    def load(self, source: str, dtype: torch.dtype = torch.float32, config: str | None = None) -> Models:
+        return load_pipeline(self.pipeline, source, dtype, config, self.left_out)
+
+    def reference(self, variant: str = "sd1") -> Models:
+        if variant == "sd2":
+            return meta_models(SD2_UNET, {"text_encoder": ("CLIPTextModel", CLIP_H)}, self.name)
+        return meta_models(SD1_UNET, {"text_encoder": ("CLIPTextModel", CLIP_L)}, self.name)
+
+    def prefixes(self, models: Models) -> dict[str, nn.Module]:
+        """transformers 5 flattened CLIPTextModel: its modules then lie where `text_model.`'s were."""
+        prefixes: dict[str, nn.Module] = {}
+        for component in self.components:
+            module = models.parts[component]
+            flattened = component.startswith("text_encoder") and not hasattr(module, "text_model")
+            prefixes[f"{component}.text_model" if flattened else component] = module
+        return prefixes
+
+    @torch.no_grad()
+    def encode_image(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        vae = models.parts["vae"]
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        shift, scale = latent_statistics(vae.config)
+        return (latents - shift) * scale
+
+    def encode_tokens(self, models: Models, tokens: Mapping[str, Tensor], clip_skip: int = 0) -> Conditioning:
+        encoder = models.parts["text_encoder"]
+        output = encoder(tokens["text_encoder"].to(encoder.device), output_hidden_states=clip_skip > 0)
+        if clip_skip == 0:
+            return Conditioning(output.last_hidden_state)
+        norm = getattr(encoder, "text_model", encoder).final_layer_norm
+        return Conditioning(norm(output.hidden_states[-1 - clip_skip]))
+
+    def denoise(
+        self,
+        models: Models,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        sizes: Tensor | None = None,
+    ) -> Tensor:
+        extra = self.added_conditions(models, noisy_latents, conditioning, sizes)
+        unet = models.parts["unet"]
+        return unet(noisy_latents, timesteps, conditioning.encoder_hidden_states, added_cond_kwargs=extra).sample
+
+    def added_conditions(
+        self, models: Models, noisy_latents: Tensor, conditioning: Conditioning, sizes: Tensor | None
+    ) -> dict[str, Tensor] | None:
+        """What the U-Net takes beside timestep and text; nothing in this family."""
+        return None
+
+    @torch.no_grad()
+    def decode(self, models: Models, latents: Tensor) -> Tensor:
+        vae = models.parts["vae"]
+        shift, scale = latent_statistics(vae.config)
+        return vae.decode((latents / scale + shift).to(vae.dtype)).sample.clamp(-1, 1)
+
+
+def latent_statistics(config: Mapping[str, Any]) -> tuple[float, float]:
+    """(shift, scale) between the VAE's latents and those that the U-Net sees: (z - shift) * scale."""
+    return config.get("shift_factor") or 0.0, config.get("scaling_factor", 0.18215)
+
+
+def meta_models(unet: Mapping[str, Any], encoders: Mapping[str, tuple[str, Mapping[str, Any]]], name: str) -> Models:
+    """A U-Net and text encoders on the meta device; `encoders`: component -> (transformers class, config)."""
+    import transformers
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        parts: dict[str, nn.Module] = {
+            component: getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
+            for component, (kind, config) in encoders.items()
+        }
+        parts["unet"] = UNet2DConditionModel(**unet)
+    return Models(parts, tokenizers={}, scheduler={}, source=name)
+
+
+FAMILIES["sd"] = StableDiffusion()

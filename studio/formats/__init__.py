@@ -1,0 +1,67 @@
+"""Adapter files: one hub type, `AdapterState`; each format reads and writes it.
+
+A new format is one module with `recognises`, `read` and `write`, and one line in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+from studio.errors import ConfigError, nearest
+from studio.formats import diffusers, kohya, peft
+from studio.formats.files import load_keys, locate
+from studio.formats.state import AdapterState
+
+FORMATS: dict[str, ModuleType] = {"kohya": kohya, "diffusers": diffusers, "peft": peft}
+
+__all__ = ["FORMATS", "AdapterState", "adapter_path", "format_of", "read_adapter", "write_adapter"]
+
+
+def read_adapter(source: str | Path) -> AdapterState:
+    """The adapter in a file, a folder or a hub repository, whatever its format.
+
+    Raises ConfigError where there is none, where several files could be meant, and for keys that are
+    not understood: nothing in a file is passed over.
+    """
+    path = adapter_path(source)
+    return FORMATS[format_of(path)].read(path)
+
+
+def write_adapter(state: AdapterState, path: str | Path, format: str = "kohya") -> Path:
+    """Writes the adapter and returns where: a `.safetensors` file, or a folder for "peft".
+
+    Files are written whole or not at all. Raises ConfigError for an unknown format, and for layers
+    that the format has no names for.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format '{format}'.{nearest(format, FORMATS)} Formats: {', '.join(FORMATS)}")
+    name = str(path).removesuffix(".safetensors")
+    target = Path(name if format == "peft" else f"{name}.safetensors")
+    FORMATS[format].write(state, target)
+    return target
+
+
+def adapter_path(source: str | Path) -> Path:
+    """The file or PEFT folder that `source` means, local by now; see `read_adapter` for the errors."""
+    path = locate(source)
+    if path.is_file() or peft.folders(path):
+        return path
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise ConfigError(f"{path} should hold one .safetensors file or a PEFT adapter; it holds {names}: name one")
+    return files[0]
+
+
+def format_of(path: Path) -> str:
+    """The name of the format of a file or folder, from its keys. Raises ConfigError where no format fits."""
+    if path.is_dir():
+        return "peft"
+    keys = load_keys(path)
+    for name, format in FORMATS.items():
+        if format.recognises(keys):
+            if name == "peft":
+                raise ConfigError(f"{path} is part of a PEFT adapter: give its folder, {path.parent}")
+            return name
+    raise ConfigError(f"{path} is no adapter in a format known here; its first keys: {', '.join(keys[:5])}")

@@ -1,0 +1,39 @@
+"""What an adapter file holds, in numbers, for `studio inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from studio.formats import FORMATS, adapter_path, format_of
+from studio.formats.reading import ALPHA, DOWN
+
+
+def describe_adapter(source: str | Path) -> dict[str, Any]:
+    """A summary that goes into JSON as it is.
+
+    `ranks` and `alphas` count layers by value, most frequent first; `layers` counts them by component;
+    `parameters` leaves alphas out. Raises ConfigError as `read_adapter` does.
+    """
+    path = adapter_path(source)
+    format = format_of(path)
+    state = FORMATS[format].read(path)
+    factors = [tensor for entry in state.tensors.values() for suffix, tensor in entry.items() if suffix != ALPHA]
+    return {
+        "path": str(path),
+        "format": format,
+        "method": state.method,
+        "family": state.family,
+        "layers": dict(Counter(name.partition(".")[0] for name in state.tensors)),
+        "ranks": _counts(entry[DOWN].shape[0] for entry in state.tensors.values()),
+        "alphas": _counts(float(entry[ALPHA]) for entry in state.tensors.values()),
+        "parameters": sum(tensor.numel() for tensor in factors),
+        "dtypes": _counts(str(tensor.dtype).removeprefix("torch.") for tensor in factors),
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) or path.stat().st_size,
+        "metadata": dict(state.metadata),
+    }
+
+
+def _counts(values: Any) -> dict[str, int]:
+    return {f"{value}": count for value, count in Counter(values).most_common()}

@@ -1,0 +1,58 @@
+"""What a command says: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@cache
+def console() -> Console:
+    """Standard error, styled when it is a terminal. One object, so that a live bar and messages get along."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def emit(result: Any, text: str, as_json: bool) -> None:
+    """Prints `result` (dataclasses, paths, mappings) as one JSON object, or else `text`."""
+    if as_json:
+        from pydantic_core import to_jsonable_python
+
+        text = json.dumps(to_jsonable_python(result), ensure_ascii=False)
+    sys.stdout.write(text.rstrip("\n") + "\n")
+    sys.stdout.flush()
+
+
+def say_error(message: str) -> None:
+    """One message on standard error."""
+    from rich.text import Text
+
+    console().print(Text.assemble(("Error: ", "bold red"), message))
+
+
+class _ConsoleHandler(logging.Handler):
+    """Log records on the console; warnings and worse in colour."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rich.text import Text
+
+        console().print(Text(self.format(record), "yellow" if record.levelno >= logging.WARNING else ""))
+
+
+def configure_logging() -> None:
+    """Our own records from INFO on, those of libraries from WARNING on, Python's warnings among them."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[_ConsoleHandler()])
+    # they print by themselves, and warn of every optional package that is not there
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    logging.captureWarnings(True)
+    for name in ("studio", "trainers"):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,123 @@
+"""`studio train-sd`: adapters for Stable Diffusion models, from a folder of pictures to a checked file."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from studio.config import TrainSDConfig
+from studio.data.images import scan_folder
+from studio.devices import best_device, precision_dtype
+from studio.diffusion.sheets import loss_plot
+from studio.families.loading import load_base
+from studio.formats.consumers import ConsumerReport, check_file
+from studio.runs import Run
+from trainers.loop import fit
+from trainers.sd_plan import Plan, make_plan
+from trainers.sd_task import DiffusionTask
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made. `file` is the adapter (a folder for PEFT); `checks` say which tools use all its keys."""
+
+    run_folder: Path
+    file: Path | None
+    sheet: Path | None
+    loss_plot: Path | None
+    checks: list[ConsumerReport]
+    next_commands: list[str]
+
+
+def build_task(config: TrainSDConfig, device: torch.device | None = None) -> DiffusionTask:
+    """Dataset, base and adapters, on `device` (the best one by default).
+
+    Raises ConfigError and DatasetError for everything that can be known before training.
+    """
+    device = device or best_device()
+    images = scan_folder(Path(config.data.folder))
+    log.info("%s", images.report())
+    family, models = load_base(config.model.source, precision_dtype(config.model.precision, device))
+    return DiffusionTask(config, family, models, images).to(device)
+
+
+def plan(config: TrainSDConfig) -> Plan:
+    """What `train` would do; raises what it would raise before the first step."""
+    return make_plan(build_task(config))
+
+
+def train(config: TrainSDConfig, run: Run) -> TrainResult:
+    """Trains, draws, saves and checks; a run that was stopped saves a checkpoint and no final file."""
+    accelerator = _accelerator(config, run)
+    run.update_status(message="loading the base and the pictures", total=config.train.steps)
+    task = build_task(config, accelerator.device)
+    log.info("%s", task.describe())
+    run.update_status(message="encoding pictures")
+    task.encode_all(run)
+    step = fit(task, run, accelerator, config.train, config.optimizer, config.schedule)
+    accelerator.end_training()
+    if step < config.train.steps or not accelerator.is_main_process:
+        return TrainResult(run.folder, None, None, None, [], [f"studio train-sd --resume {run.folder}"])
+    return _finish(config, run, task, step)
+
+
+def _finish(config: TrainSDConfig, run: Run, task: DiffusionTask, step: int) -> TrainResult:
+    """The file, the before/after sheet, the loss plot, and the proof that other tools load the file."""
+    file = task.save(run.folder / config.output.name, step)
+    sheet = task.before_after(run)
+    plot = run.folder / "loss.png"
+    loss_plot(run.metrics(), plot)
+    checks = check_file(file, task.family, task.models)
+    for check in checks:
+        if check.unused:
+            log.warning("%s would leave %d keys unused, such as %s", check.consumer, len(check.unused), check.unused[0])
+    prompt = task.preview_prompts()[0]
+    base = "" if config.model.source == "builtin" else f" --model {config.model.source}"
+    return TrainResult(
+        run.folder,
+        file,
+        sheet,
+        plot,
+        checks,
+        [f'studio generate "{prompt}"{base} --lora {file}:0.8', f"studio check {file}", f"studio runs show {run.id}"],
+    )
+
+
+def _accelerator(config: TrainSDConfig, run: Run) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    device = best_device()
+    dtype = precision_dtype(config.model.precision, device)
+    precision = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=list(config.output.trackers) or None,
+        project_dir=str(run.folder),
+        # accumulation and division of the loss are the loop's own
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        step_scheduler_with_optimizer=False,
+    )
+    if config.output.trackers:
+        accelerator.init_trackers("adapter-studio", config=_flat(config.model_dump(mode="json")))
+    return accelerator
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; what is no number is written as text, as trackers ask."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
