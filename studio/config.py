@@ -30,7 +30,13 @@ Names = Annotated[list[str], BeforeValidator(_listed)]
 class Group(BaseModel):
     """A group of settings: typed, ranged, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        use_attribute_docstrings=True,
+        defer_build=True,  # validators are compiled when first used: `studio --help` needs none
+    )
 
 
 class ModelConfig(Group):
@@ -160,15 +166,15 @@ class OutputConfig(Group):
 class TrainSDConfig(Group):
     """The settings of `studio train-sd`."""
 
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    adapter: LoRAConfig = LoRAConfig.model_validate({})
-    train: TrainConfig = TrainConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    loss: LossConfig = LossConfig()
-    samples: SamplesConfig = SamplesConfig()
-    output: OutputConfig = OutputConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    adapter: LoRAConfig = Field(default_factory=LoRAConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    samples: SamplesConfig = Field(default_factory=SamplesConfig)
+    output: OutputConfig = Field(default_factory=OutputConfig)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def best_device() -> torch.device:
-    """The accelerator of this machine, or the CPU."""
+    """The accelerator of this machine, or the CPU; `accelerate launch --cpu` means the CPU."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        return torch.device("cpu")
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 

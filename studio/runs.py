@@ -200,7 +200,9 @@ class Run:
             )
         for request in REQUESTS:  # left over from a former session
             (self.control / request).unlink(missing_ok=True)
-        self.update_status(state="running", pid=os.getpid(), started=start_time(os.getpid()), message="", eta_s=None)
+        self.update_status(
+            state="running", pid=os.getpid(), started=start_time(os.getpid()), message="", eta_s=None, rate=None
+        )
 
     def _end_failed(self, problem: BaseException) -> None:
         interrupted = isinstance(problem, KeyboardInterrupt)

@@ -82,7 +82,12 @@ def _preset_file(preset: str) -> Path:
     raise ConfigError(f"there is no preset '{preset}'.{nearest(preset, known)} Presets: {', '.join(known)}.")
 
 
-_PARSERS: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".toml": tomllib.loads, ".json": json.loads}
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    ".yaml": yaml.safe_load,
+    ".yml": yaml.safe_load,
+    ".toml": tomllib.loads,
+    ".json": json.loads,
+}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -54,5 +54,7 @@ def configure_logging() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.captureWarnings(True)
+    # of the processes of a distributed run, the main one speaks
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for name in ("studio", "trainers"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(level)

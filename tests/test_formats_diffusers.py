@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ JOBS = {
     "sdxl-diffusers": ("sdxl", "diffusers", None, False),
     "sd15-kohya-convolutions": ("sd15", "kohya", CONV_ALPHA, False),
     "sd15-kohya-mixed": ("sd15", "kohya", MIXED, False),
-    "sdxl-diffusers-mixed": ("sdxl", "diffusers", MIXED, False),
+    "sd15-diffusers-mixed": ("sd15", "diffusers", MIXED, False),
 }
 
 
@@ -67,22 +68,18 @@ def test_a_fresh_process_predicts_what_we_predict(loaded, name):
 def test_every_module_of_the_file_is_needed(loaded, name):
     _, result, layers, _ = loaded[name]
     assert len(result["changes"]) == len(layers)
-    least = min(result["changes"], key=result["changes"].get)
-    assert result["changes"][least] > 1e-5, least
+    idle = {module for module, change in result["changes"].items() if change <= 1e-5}
+    # SDXL reads the last but one layer of its first text encoder: the last, which kohya trains too, goes nowhere
+    last = {
+        module for module in result["changes"] if re.match(r"text_encoder\.(text_model\.)?encoder\.layers\.2\.", module)
+    }
+    assert idle == (last if name.startswith("sdxl") else set())
 
 
 def test_the_check_foresees_the_alphas_that_diffusers_replaces(loaded):
-    """diffusers 0.42 misreads a kohya file whose attention layers differ in alpha; a failure here means it no longer does."""
-    ours, result, layers, reports = loaded["sd15-kohya-mixed"]
+    """diffusers 0.42 misreads a kohya file whose attention layers differ in alpha; once it does not, drop the rule."""
+    ours, result, _, reports = loaded["sd15-kohya-mixed"]
     assert (ours - result["prediction"]).abs().max() > 1e-2
     unused = reports["diffusers"].unused
     assert unused and all(key.endswith(".alpha") and ("attn2" in key or "fc1" in key) for key in unused)
     assert reports["ComfyUI"].unused == ()
-
-
-def test_an_adapter_that_is_off_changes_nothing():
-    family, models, adapters = tiny.random_adapter("sd15")
-    adapters.detach()
-    _, base, adapters = tiny.random_adapter("sd15")
-    adapters.set_strength(0)
-    assert torch.equal(tiny.predict(family, models), tiny.predict(family, base))

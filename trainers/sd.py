@@ -61,6 +61,9 @@ def train(config: TrainSDConfig, run: Run) -> TrainResult:
     run.update_status(message="loading the base and the pictures", total=config.train.steps)
     task = build_task(config, accelerator.device)
     log.info("%s", task.describe())
+    if accelerator.ddp_handler:
+        # SDXL reads its first text encoder before the last layer, whose adapters get no gradient
+        accelerator.ddp_handler.find_unused_parameters = task.trains_text
     run.update_status(message="encoding pictures")
     task.encode_all(run)
     step = fit(task, run, accelerator, config.train, config.optimizer, config.schedule)

@@ -49,7 +49,7 @@ def check(
 def _own_base(metadata: Mapping[str, str]) -> str | None:
     """The base that a file of ours names, where it is at hand and may differ from the published one."""
     source = json.loads(metadata.get("studio.config", "{}")).get("model", {}).get("source", "")
-    return source if source == "builtin" or Path(source).is_absolute() and Path(source).exists() else None
+    return source if source == "builtin" or (Path(source).is_absolute() and Path(source).exists()) else None
 
 
 def inspect(file: File, as_json: Json = False) -> None:

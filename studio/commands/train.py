@@ -103,7 +103,9 @@ def _same_run_everywhere(make: Callable[[], Run]) -> Run:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    is_main = PartialState().is_main_process
+    from studio.devices import best_device
+
+    is_main = PartialState(cpu=best_device().type == "cpu").is_main_process
     run = make() if is_main else None
     shared = broadcast_object_list([str(run.folder) if run else ""])
     return run or Run(Path(shared[0]), is_main=False)

@@ -1,10 +1,11 @@
 """Adapter files: one hub type, `AdapterState`; each format reads and writes it.
 
-A new format is one module with `recognises`, `read` and `write`, and one line in `FORMATS`.
+A new format is one module with `recognises`, `has_name`, `read` and `write`, and one line in `FORMATS`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from studio.formats.state import AdapterState
 
 FORMATS: dict[str, ModuleType] = {"kohya": kohya, "diffusers": diffusers, "peft": peft}
 
-__all__ = ["FORMATS", "AdapterState", "adapter_path", "format_of", "read_adapter", "write_adapter"]
+__all__ = ["FORMATS", "AdapterState", "adapter_path", "check_names", "format_of", "read_adapter", "write_adapter"]
 
 
 def read_adapter(source: str | Path) -> AdapterState:
@@ -34,12 +35,26 @@ def write_adapter(state: AdapterState, path: str | Path, format: str = "kohya") 
     Files are written whole or not at all. Raises ConfigError for an unknown format, and for layers
     that the format has no names for.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"unknown format '{format}'.{nearest(format, FORMATS)} Formats: {', '.join(FORMATS)}")
+    check_names(state.tensors, state.family, format)
     name = str(path).removesuffix(".safetensors")
     target = Path(name if format == "peft" else f"{name}.safetensors")
     FORMATS[format].write(state, target)
     return target
+
+
+def check_names(names: Iterable[str], family: str, format: str) -> None:
+    """Raises ConfigError for an unknown format, or where it has no names for some of the layers.
+
+    For before training: what this accepts, `write_adapter` can write.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format '{format}'.{nearest(format, FORMATS)} Formats: {', '.join(FORMATS)}")
+    nameless = [name for name in names if not FORMATS[format].has_name(name, family)]
+    if nameless:
+        raise ConfigError(
+            f"the format '{format}' has no names for {len(nameless)} of the layers: {', '.join(nameless[:5])}. "
+            "Choose other targets."
+        )
 
 
 def adapter_path(source: str | Path) -> Path:

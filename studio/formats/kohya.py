@@ -12,7 +12,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from studio.errors import ConfigError
 from studio.families.keys import LDMNames, flatten, known_layer, unflatten
 from studio.families.sdxl import SDXL_UNET
 from studio.formats.files import load_tensors, save_tensors
@@ -61,16 +60,17 @@ def layer_name(module: str) -> str | None:
     return name if known_layer(name) else None
 
 
+def has_name(name: str, family: str) -> bool:
+    """Whether the format can hold this layer of this family."""
+    return module_name(name, family) is not None
+
+
 def encode(state: AdapterState) -> dict[str, Tensor]:
-    """File key -> tensor. Raises ConfigError for layers without a name in this format."""
-    modules = {name: module_name(name, state.family) for name in state.tensors}
-    nameless = [name for name, module in modules.items() if module is None]
-    if nameless:
-        raise ConfigError(
-            f"kohya's format has no name for {len(nameless)} of the {len(modules)} layers: {', '.join(nameless[:5])}"
-        )
+    """File key -> tensor, for layers that have a name."""
     return {
-        f"{modules[name]}.{suffix}": tensor for name, entry in state.tensors.items() for suffix, tensor in entry.items()
+        f"{module_name(name, state.family)}.{suffix}": tensor
+        for name, entry in state.tensors.items()
+        for suffix, tensor in entry.items()
     }
 
 

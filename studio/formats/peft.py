@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from studio.errors import ConfigError
+from studio.families import FAMILIES
 from studio.families.keys import known_layer
 from studio.formats.files import load_tensors, save_tensors
 from studio.formats.metadata import describing
@@ -66,6 +67,11 @@ def alpha_of(path: str, rank: int, config: Mapping[str, Any]) -> Tensor:
 
 def _plain(value: float) -> int | float:
     return int(value) if value.is_integer() else value
+
+
+def has_name(name: str, family: str) -> bool:
+    """Whether the format can hold this layer of this family."""
+    return known_layer(name) and name.partition(".")[0] in FAMILIES[family].components
 
 
 def recognises(keys: Iterable[str]) -> bool:
