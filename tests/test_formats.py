@@ -85,7 +85,7 @@ def test_peft_loads_its_folders(tmp_path):
     adapters.detach()
     for component in family.components:
         models.parts[component] = PeftModel.from_pretrained(models.parts[component], folder, subfolder=component)
-    assert (tiny.predict(family, models) - ours).abs().max() == 0
+    assert (tiny.predict(family, models) - ours).abs().max() <= 1e-5
 
 
 def test_a_lone_peft_folder_tells_its_component_by_its_keys(state, tmp_path):

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from studio.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from studio.errors import StudioError
@@ -35,7 +34,7 @@ class Batches:
         self._size = config.batch_size * processes
         self._accumulation = config.gradient_accumulation
         self._process, self._processes = process, processes
-        self._epoch = (-1, [[]])
+        self._epoch: tuple[int, list[list[Any]]] = (-1, [])
 
     def _micro_batch(self, index: int) -> list[Any]:
         if self._epoch[0] < 0:

@@ -160,9 +160,7 @@ class DiffusionTask(Task[Sample]):
 
     def _draw(self, prompt: str, place: int) -> Image.Image:
         samples = self.config.samples
-        request = GenerateRequest(
-            prompt, seed=samples.seed + place, steps=samples.steps, guidance=samples.guidance
-        )
+        request = GenerateRequest(prompt, seed=samples.seed + place, steps=samples.steps, guidance=samples.guidance)
         return generate(self.family, self.models, request)[0]
 
     def before_after(self, run: Run) -> Path:

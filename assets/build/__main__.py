@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from assets.build import pictures as source
+from assets.build.demo_set import write_demo_set
 from assets.build.text_to_image import assemble, train_text_to_image
 from assets.build.tokenizer import train_tokenizer
 from assets.build.vae import train_vae
@@ -31,15 +32,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_flush_denormal(True)  # a trained autoencoder's tiny gradients are ten times slower as denormals
     folders = source.fetch(options.work)
+    write_demo_set(folders, HERE / "demo")
     noto = source.noto(folders)
     held_out = [picture for picture in noto if picture.held_out]
     print(f"{len(noto)} Noto pictures, {len(source.concepts(noto))} concepts, {len(held_out)} held out", flush=True)
     vae = train_vae(vae_pool(folders, noto), held_out, options.work, steps=options.vae_steps)
     words = [p.name for p in noto] * 2 + [keyword for p in noto for keyword in p.keywords]
     tokenizer = train_tokenizer(words, HERE / "base" / "tokenizer")
-    learned = train_text_to_image(
-        vae, tokenizer, source.concepts(noto), noto, options.work, steps=options.unet_steps
-    )
+    learned = train_text_to_image(vae, tokenizer, source.concepts(noto), noto, options.work, steps=options.unet_steps)
     pipeline = assemble(vae, learned["text_encoder"], learned["unet"], tokenizer)
     pipeline.to(dtype=torch.float16).save_pretrained(HERE / "base")
 

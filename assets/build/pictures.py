@@ -72,10 +72,7 @@ def _bare(hexcode: str) -> str:
 
 def noto(folders: dict[str, Path]) -> list[Picture]:
     """The Noto pictures that are concepts (1,632 of them): no flags, no skin tones."""
-    words = {
-        _bare(entry["hexcode"]): entry
-        for entry in json.loads((folders["names"] / "en/data.json").read_text())
-    }
+    words = {_bare(entry["hexcode"]): entry for entry in json.loads((folders["names"] / "en/data.json").read_text())}
     pictures = []
     for entry in json.loads((folders["noto"] / "emoji.json").read_text()):
         file = folders["noto"] / "img/google/64" / entry["image"]

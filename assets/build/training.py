@@ -68,7 +68,6 @@ def train(
     return ema.module
 
 
-
 def _save(file: Path, modules: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {

@@ -15,8 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.adapters.base import METHODS, Adapter, AdapterConfig, DropoutMasks, LayerSpec, SampleKeys
-from studio.adapters.base import WeightView, describe
+from studio.adapters.base import (
+    METHODS,
+    Adapter,
+    AdapterConfig,
+    DropoutMasks,
+    LayerSpec,
+    SampleKeys,
+    WeightView,
+    describe,
+)
 from studio.errors import ConfigError, nearest
 from studio.seeds import sample_generator, seed_of
 

@@ -83,7 +83,8 @@ def read_metadata(path: Path) -> Metadata:
         rows = _json_rows(text) if path.suffix == ".jsonl" else _csv_rows(text)
     except (CaptionError, OSError, csv.Error) as error:
         raise DatasetError(f"{path}: {error}") from error
-    metadata, columns = Metadata(), {}
+    metadata = Metadata()
+    columns: dict[str, None] = {}  # an ordered set
     for line, row in rows:
         if isinstance(row, str):
             metadata.problems.append((line, row))

@@ -71,7 +71,7 @@ def open_rgb(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         orientation = _orientation(image)
-        rgb = _to_rgb(image)
+        rgb = _to_rgb(image, str(path))
     return rgb.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else rgb
 
 
@@ -98,15 +98,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16-bit grey at 255 instead of scaling it
         return Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     profile = image.info.get("icc_profile")
     if profile and image.mode == "CMYK":
-        return _to_srgb(image, profile, image.filename)
+        return _to_srgb(image, profile, name)
     rgb = _over_white(image) if image.has_transparency_data else image.convert("RGB")
     # The profile of a grey picture has one channel, and grey needs none to become RGB.
-    return _to_srgb(rgb, profile, image.filename) if profile and image.mode not in ("1", "L", "LA") else rgb
+    return _to_srgb(rgb, profile, name) if profile and image.mode not in ("1", "L", "LA") else rgb
 
 
 def _over_white(image: Image.Image) -> Image.Image:
@@ -122,7 +122,9 @@ def _to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
         source = ImageCms.getOpenProfile(io.BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image.convert("RGB")
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        assert converted is not None  # it is None only for a conversion in place
+        return converted
     except (ImageCms.PyCMSError, OSError) as error:
         log.warning("%s: its colour profile is unusable and not applied: %s", name, error)
         return image.convert("RGB")

@@ -30,7 +30,7 @@ def fingerprint(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`latents` (C, h, w), scaled; `sizes` (6,): original, crop and target sizes in pixels, SDXL's micro-conditioning."""
+    """`latents` (C, h, w), scaled; `sizes` (6,) pixels: original, crop and target, SDXL's micro-conditioning."""
 
     latents: Tensor
     sizes: Tensor

@@ -41,7 +41,7 @@ class StableDiffusion(DiffusionFamily):
     """Stable Diffusion 1.x and 2.x, epsilon and v-prediction, of any size."""
 
     name = "sd"
-    components = ("text_encoder", "unet")
+    components: ClassVar[tuple[str, ...]] = ("text_encoder", "unet")
     roles = UNET_ROLES
     default_targets = ("attention", "feed-forward", "projections")
     pipeline: ClassVar[str] = "StableDiffusionPipeline"  # diffusers' class for loading

@@ -65,7 +65,7 @@ def _file(path: Path) -> File:
 
 def _folder(path: Path) -> File:
     """A PEFT adapter as one file, its keys after "component/"."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for component, folder in peft.folders(path).items():
         shapes |= {f"{component}/{key}": shape for key, shape in _file(folder / peft.WEIGHTS).shapes.items()}
     return File(shapes, {})

@@ -72,7 +72,8 @@ def _implementation(family: str) -> str:
 
 def _network(state: AdapterState) -> dict[str, str]:
     """What sd-scripts needs to build the network: module, rank, alpha, and those of the convolutions."""
-    linear, convolutions = [], []
+    linear: list[tuple[int, float]] = []
+    convolutions: list[tuple[int, float]] = []
     for entry in state.tensors.values():
         down = entry[DOWN]
         is_convolution = down.ndim > 2 and max(down.shape[2:]) > 1
