@@ -42,6 +42,8 @@ class Group(BaseModel):
 class ModelConfig(Group):
     source: Annotated[str, AfterValidator(_absolute)] = Field("builtin", min_length=1)
     """The base to train on: "builtin", a hub id, a diffusers folder, or a single .safetensors checkpoint."""
+    config: Annotated[str, AfterValidator(_absolute)] = ""
+    """A diffusers folder that lends a single checkpoint file its configurations and tokenizers; empty: the hub's."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Precision of the computation; "auto" is bf16 or fp16 where the GPU has it and fp32 on a CPU."""
 

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
 from studio.adapters import METHODS, AdapterConfig, AdapterPlan, AdapterSet, attach_adapters, inject, match_targets
 from studio.errors import ConfigError
+from studio.families.loading import load_base
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "linear": (lambda: nn.Linear(12, 10), lambda: torch.randn(3, 5, 12)),
@@ -265,3 +267,24 @@ def test_initialisation_is_a_function_of_seed_and_layer() -> None:
 def test_settings_out_of_range_are_refused(settings: dict) -> None:
     with pytest.raises(ConfigError):
         AdapterConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_taking_adapters_off_restores_a_whole_pipeline(kind: str) -> None:
+    family, models = load_base(str(tiny.folder(kind)))
+    modules = family.prefixes(models)
+    before = {name: copy.deepcopy(module) for name, module in modules.items()}
+    adapters = inject(modules, AdapterPlan(tiny.TARGETS), family.roles)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.normal_()
+    tiny.predict(family, models)
+    adapters.merge()
+    tiny.predict(family, models)
+    adapters.unmerge()
+    adapters.detach()
+    for name, module in modules.items():
+        assert [type(part) for part in module.modules()] == [type(part) for part in before[name].modules()]
+        tensors, originals = module.state_dict(), before[name].state_dict()
+        assert list(tensors) == list(originals)
+        assert all(torch.equal(tensors[key], originals[key]) for key in originals)

@@ -182,6 +182,7 @@ class _TrainingState:
         """Puts the newest checkpoint back; returns its step, 0 without one."""
         saved = load_checkpoint(run.checkpoints)
         if saved is None:
+            run.rewind(0)  # killed before its first checkpoint: its metrics are of steps that come again
             return 0
         self._task.adapters.load_state_dict(saved["adapters"])
         self._optimizer.load_state_dict(saved["optimizer"])

@@ -46,7 +46,8 @@ def build_task(config: TrainSDConfig, device: torch.device | None = None) -> Dif
     device = device or best_device()
     images = scan_folder(Path(config.data.folder))
     log.info("%s", images.report())
-    family, models = load_base(config.model.source, precision_dtype(config.model.precision, device))
+    dtype = precision_dtype(config.model.precision, device)
+    family, models = load_base(config.model.source, dtype, config.model.config or None)
     return DiffusionTask(config, family, models, images).to(device)
 
 
@@ -107,7 +108,7 @@ def _accelerator(config: TrainSDConfig, run: Run) -> Accelerator:
         log_with=list(config.output.trackers) or None,
         project_dir=str(run.folder),
         # accumulation and division of the loss are the loop's own
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[DistributedDataParallelKwargs()],
         step_scheduler_with_optimizer=False,
     )
     if config.output.trackers:

@@ -52,6 +52,7 @@ def training_metadata(
     }
     return {
         **as_strings(facts),
+        "modelspec.prediction_type": "v" if family.prediction_type(models) == "v_prediction" else "epsilon",
         "modelspec.title": config.output.name,
         "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
         "studio.config": json.dumps(config.model_dump(mode="json")),

@@ -21,7 +21,7 @@ from studio.diffusion.generate import GenerateRequest, generate
 from studio.diffusion.objective import Objective
 from studio.diffusion.sheets import sheet
 from studio.families.base import Conditioning, DiffusionFamily, Models
-from studio.formats import write_adapter
+from studio.formats import check_names, write_adapter
 from studio.formats.state import AdapterState
 from studio.runs import Run
 from studio.seeds import sample_generator, seed_of
@@ -49,7 +49,13 @@ def adapter_plan(config: TrainSDConfig, family: DiffusionFamily) -> AdapterPlan:
         targets += (TEXT_ENCODER_ROLE,)
         if rate is not None:
             overrides = {TEXT_ENCODER_ROLE: {"lr": rate}, **overrides}
-    settings = AdapterConfig(adapter.method, adapter.rank, float(adapter.alpha or adapter.rank), adapter.dropout)
+    settings = AdapterConfig(
+        method=adapter.method,
+        rank=adapter.rank,
+        alpha=float(adapter.alpha or adapter.rank),
+        dropout=adapter.dropout,
+        rslora=adapter.rslora,
+    )
     return AdapterPlan(targets, tuple(adapter.exclude), settings, overrides)
 
 
@@ -64,6 +70,7 @@ class DiffusionTask(Task[Sample]):
         self.objective = Objective(models.scheduler)
         self.parts = nn.ModuleDict(models.parts).requires_grad_(False).eval()
         self.adapters = inject(family.prefixes(models), adapter_plan(config, family), family.roles, config.train.seed)
+        check_names(self.adapters.names, family.name, config.output.format)
         self.trains_text = any(not name.startswith("unet.") for name in self.adapters.names)
         cache = TensorCache(paths.cache())
         self._images = EncodedImages(family, models, cache)

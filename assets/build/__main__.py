@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(".build"), help="packages and checkpoints")
     parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--unet-steps", type=int, default=3400)
+    parser.add_argument("--unet-steps", type=int, default=4600)
     options = parser.parse_args()
     torch.set_flush_denormal(True)  # a trained autoencoder's tiny gradients are ten times slower as denormals
     folders = source.fetch(options.work)

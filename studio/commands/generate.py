@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_LORA_DIRS = [Path("loras"), Path("runs")]
 PROMPT_HELP = "What to draw; (word:1.2) weighs, <lora:name:0.8> applies a LoRA."
 MODEL_HELP = '"builtin", a hub id, a diffusers folder or a .safetensors checkpoint.'
+CONFIG_HELP = "A diffusers folder that lends a single checkpoint file its configurations and tokenizers."
 LORA_HELP = "A file, folder or hub id, with an optional strength; repeat for more."
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 
@@ -25,6 +26,7 @@ Precision = Literal["auto", "fp32", "fp16", "bf16"]
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help=PROMPT_HELP)],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "builtin",
+    model_config: Annotated[str | None, typer.Option(help=CONFIG_HELP)] = None,
     lora: Annotated[list[str] | None, typer.Option(help=LORA_HELP, metavar="FILE[:strength]")] = None,
     lora_dir: Annotated[
         list[Path] | None, typer.Option(help="Where <lora:name> looks for files. (default loras and runs)")
@@ -58,7 +60,7 @@ def generate(
         request = GenerateRequest(text, negative, seed, steps, guidance, sampler, width, height, clip_skip, batch)
         jobs.append((request, wanted))
     device = best_device()
-    family, models = load_base(model, precision_dtype(precision, device))
+    family, models = load_base(model, precision_dtype(precision, device), model_config)
     for part in models.parts.values():
         part.to(device)
     output_dir.mkdir(parents=True, exist_ok=True)
