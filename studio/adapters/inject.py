@@ -140,7 +140,7 @@ class AdapterSet(nn.Module):
         super().__init__()
         self.layers = dict(layers)
         for layer in self.layers.values():
-            layer_is_fresh(layer)
+            _refuse_compiled(layer)
         self.names = list(adapters)
         self.adapters = nn.ModuleList(adapters.values())
         self.keys = SampleKeys()
@@ -162,9 +162,7 @@ class AdapterSet(nn.Module):
             raise RuntimeError("the adapters are attached already")
         for name, adapter in self.items():
             layer = self.layers[name]
-            spec = describe(layer)
-            assert spec is not None
-            hook = Attachment(adapter, WeightView(layer, spec))
+            hook = Attachment(adapter, WeightView(layer, adapter.spec))
             self._attachments[name] = hook
             self._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
         return self
@@ -186,9 +184,7 @@ class AdapterSet(nn.Module):
             raise RuntimeError("the adapters are merged already")
         for name, adapter in self.items():
             layer = self.layers[name]
-            spec = describe(layer)
-            assert spec is not None
-            delta = adapter.strength * adapter.delta_weight(WeightView(layer, spec)).float()
+            delta = adapter.strength * adapter.delta_weight(WeightView(layer, adapter.spec)).float()
             self._base_weights[name] = layer.weight.detach().clone()
             layer.weight.copy_(layer.weight.float() + delta)
         self._enable(False)
@@ -260,8 +256,8 @@ class AdapterSet(nn.Module):
         }
 
 
-def layer_is_fresh(layer: nn.Module) -> None:
-    """Raises ConfigError where torch.compile has already traced the layer: it would ignore our hook."""
+def _refuse_compiled(layer: nn.Module) -> None:
+    """A layer that torch.compile has traced would ignore our hook without a word."""
     if getattr(layer, "_compiled_call_impl", None) is not None:
         raise ConfigError("the model is compiled already, and would ignore adapters: attach them, then compile")
 
@@ -270,13 +266,10 @@ def _adapter(name: str, layer: nn.Module, config: AdapterConfig, seed: int) -> A
     spec = describe(layer)
     assert spec is not None, name
     adapter = METHODS[config.method](spec, config)
-    # parameters of a model on the meta device stay there: names and shapes without memory
-    adapter.to(layer.weight.device)
-    if layer.weight.device.type != "meta":
-        generator = sample_generator(seed, name)
-        adapter.cpu().reset(generator)
-        adapter.to(layer.weight.device)
-    return adapter
+    if layer.weight.device.type == "meta":  # names and shapes of a model, without memory
+        return adapter.to("meta")
+    adapter.reset(sample_generator(seed, name))
+    return adapter.to(layer.weight.device)
 
 
 def inject(modules: Mapping[str, nn.Module], plan: AdapterPlan, roles: Roles, seed: int = 0) -> AdapterSet:
