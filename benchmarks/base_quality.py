@@ -9,7 +9,7 @@ whole sheet of 200 is drawn too, wrong ones framed in red.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from assets.build.similarity import blurred, nearest
 from assets.build.text_to_image import WELL_KNOWN
 from assets.build.vae import psnr, reconstruct, to_tensor
 from benchmarks.drawing import draw, grid
+from benchmarks.report import end
 from studio.families.loading import load_base
 
 CAPTIONS, SEED = 200, 2026
@@ -44,7 +45,7 @@ def main() -> None:
     grid(_framed(drawn, right), columns=20).save(options.out / "base_200_captions.png", optimize=True)
     grid(draw(family, models, list(WELL_KNOWN), seed=0), columns=6, scale=2).save(options.out / "base_well_known.png")
     wrong = [f"{c} -> {noto[int(i)].name}" for c, i, r in zip(captions, found, right, strict=True) if not r]
-    print("wrong:", "; ".join(wrong))
+    print("wrong:", "; ".join(wrong), file=sys.stderr)
     result = {
         "vae_psnr_db_mean": round(quality.mean().item(), 2),
         "vae_psnr_db_of_mean_error": round(-10 * torch.log10((10 ** (-quality / 10)).mean()).item(), 2),
@@ -53,7 +54,7 @@ def main() -> None:
         "captions": CAPTIONS,
         "right": round(right.float().mean().item(), 4),
     }
-    print(json.dumps(result))
+    end(result, at_least={"vae_psnr_db_mean": 25, "concepts": 1000, "right": 0.9}, at_most={})
 
 
 def _framed(pictures: np.ndarray, right: torch.Tensor) -> np.ndarray:

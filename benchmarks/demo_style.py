@@ -9,7 +9,6 @@ distance from white, colour ignored.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from assets.build import pictures as source
 from assets.build.demo_set import SUBJECTS
 from assets.build.similarity import blurred, nearest
 from benchmarks.drawing import draw, grid
+from benchmarks.report import end
 from studio.diffusion.lora import loras, parse_lora
 from studio.families.loading import load_base
 
@@ -49,7 +49,8 @@ def main() -> None:
         if options.out:
             grid(drawn, columns=10).save(options.out / f"held_out_{name}.png")
     result["chance_of_right_shape"] = round(1 / len(noto), 5)
-    print(json.dumps(result))
+    wanted = {"classifier_held_out_accuracy": 0.95, "lora_new_style": 0.85, "lora_right_shape": 0.4}
+    end(result, at_least=wanted, at_most={"base_new_style": 0.05})
 
 
 def _inputs(pixels: np.ndarray) -> Tensor:

@@ -9,18 +9,17 @@ import numpy as np
 from PIL import Image
 
 from studio.diffusion.generate import GenerateRequest, generate
+from studio.diffusion.prompts import plain
 from studio.families.base import DiffusionFamily, Models
 
 STEPS, GUIDANCE = 20, 3.0
 
 
 def draw(family: DiffusionFamily, models: Models, prompts: Sequence[str], seed: int) -> np.ndarray:
-    """One 64-pixel picture a prompt, the i-th from seed + i. (N, 64, 64, 3) uint8."""
+    """One 64-pixel picture a prompt, taken as plain text, the i-th from seed + i. (N, 64, 64, 3) uint8."""
     pictures = []
     for place, prompt in enumerate(prompts):
-        # names hold brackets and colons, which the prompt syntax would read as weights
-        plain = prompt.replace("(", r"\(").replace(")", r"\)")
-        request = GenerateRequest(plain, seed=seed + place, steps=STEPS, guidance=GUIDANCE)
+        request = GenerateRequest(plain(prompt), seed=seed + place, steps=STEPS, guidance=GUIDANCE)
         pictures.append(np.asarray(generate(family, models, request)[0]))
     return np.stack(pictures)
 

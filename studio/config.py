@@ -5,12 +5,15 @@ Every field has a description with its unit and range; every unknown key is an e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from studio import paths
+from studio.errors import ConfigError, nearest
 
 
 def _absolute(folder: str) -> str:
@@ -20,8 +23,22 @@ def _absolute(folder: str) -> str:
 
 
 def _listed(value: Any) -> Any:
-    """`a,b` of the command line as ["a", "b"]."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    """`a,b` of the command line as ["a", "b"]; a comma within brackets, as in `re:.*q{1,2}`, separates nothing."""
+    if not isinstance(value, str):
+        return value
+    parts, depth = [""], 0
+    for sign in value:
+        depth += (sign in "([{") - (sign in ")]}")
+        if sign == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _one_or_more(value: Any) -> Any:
+    """A single text as a list of one: its commas are its own."""
+    return [value] if isinstance(value, str) else value
 
 
 Names = Annotated[list[str], BeforeValidator(_listed)]
@@ -46,6 +63,8 @@ class ModelConfig(Group):
     """A diffusers folder that lends a single checkpoint file its configurations and tokenizers; empty: the hub's."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Precision of the computation; "auto" is bf16 or fp16 where the GPU has it and fp32 on a CPU."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the base predicts; "auto" reads it from the base's scheduler, which a single checkpoint file may lack."""
 
 
 class DataConfig(Group):
@@ -63,13 +82,35 @@ class DataConfig(Group):
     """Shuffle the comma-separated parts of a caption at each step."""
 
 
+class Override(Group):
+    """Settings of the layers that one pattern means; None leaves what they have."""
+
+    rank: int | None = Field(None, ge=1, le=1024)
+    """As `adapter.rank`; alpha follows it where neither gives one."""
+    alpha: float | None = Field(None, gt=0)
+    """As `adapter.alpha`."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """As `adapter.dropout`."""
+    rslora: bool | None = None
+    """As `adapter.rslora`."""
+    lr: float | None = Field(None, gt=0, le=10)
+    """Learning rate of these layers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (unknown := sorted(values.keys() - cls.model_fields.keys(), key=str)):
+            raise ValueError(f"unknown setting '{unknown[0]}'.{nearest(str(unknown[0]), cls.model_fields)}")
+        return values
+
+
 class LoRAConfig(Group):
     method: str = "lora"
     """The adapter method."""
     rank: int = Field(16, ge=1, le=1024)
     """Inner width of the adapter: capacity and file size grow with it."""
     alpha: float | None = Field(None, gt=0)
-    """The adapter's scale is alpha / rank; without a value, alpha equals rank."""
+    """The adapter's scale is alpha / rank; without a value, alpha equals the rank of each layer."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping each input of the adapter while training."""
     rslora: bool = False
@@ -78,17 +119,10 @@ class LoRAConfig(Group):
     """Layers to adapt: roles ("attention"), globs, or "re:" and a regular expression; empty: the family's default."""
     exclude: Names = []
     """Layers to leave out of `targets`, in the same language."""
-    overrides: dict[str, dict[str, Any]] = {}
-    """Pattern -> settings that differ there, e.g. {"*.to_q": {"rank": 4}}; a later entry wins."""
+    overrides: dict[str, Override] = {}
+    """Pattern -> rank, alpha, dropout, rslora, lr that differ there: {"*.to_q": {"rank": 4}}; a later entry wins."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _alpha_is_rank(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("alpha") is None:
-            return {**values, "alpha": values.get("rank", cls.model_fields["rank"].default)}
-        return values
 
 
 class TrainConfig(Group):
@@ -111,8 +145,6 @@ class TrainConfig(Group):
 
 
 class OptimizerConfig(Group):
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
     lr: float = Field(1e-4, gt=0, le=10)
     """Learning rate of the adapters."""
     text_encoder_lr: float | None = Field(None, gt=0, le=10)
@@ -127,7 +159,7 @@ class ScheduleConfig(Group):
     name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
     """How the learning rate changes over the run; linear and cosine end at 0."""
     warmup_steps: int = Field(0, ge=0)
-    """Optimizer steps in which the learning rate rises from 0."""
+    """Optimizer steps in which the learning rate rises from 0; fewer than `train.steps`."""
 
     @model_validator(mode="after")
     def _warmup_is_used(self) -> ScheduleConfig:
@@ -144,7 +176,7 @@ class LossConfig(Group):
 
 
 class SamplesConfig(Group):
-    prompts: list[str] = []
+    prompts: Annotated[list[str], BeforeValidator(_one_or_more)] = []
     """Prompts of the sample pictures and the before/after sheet; empty: captions of the dataset."""
     steps: int = Field(20, ge=1, le=1000)
     """Sampler steps."""
@@ -162,7 +194,7 @@ class OutputConfig(Group):
     format: Literal["kohya", "diffusers", "peft"] = "kohya"
     """Layout of the saved file: "kohya" loads in most tools."""
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_listed)] = []
-    """Services that get the metrics beside the run folder."""
+    """Services that get the metrics beside the run folder: tensorboard, wandb."""
 
 
 class TrainSDConfig(Group):
@@ -191,10 +223,28 @@ class TrainSDConfig(Group):
         output["name"] = output.get("name") or Path(str(data["folder"])).resolve().name
         return {**groups, "data": data, "output": output}
 
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> TrainSDConfig:
+        warmup, steps = self.schedule.warmup_steps, self.train.steps
+        if warmup >= steps:
+            raise ValueError(f"schedule.warmup_steps is {warmup}; it must be below train.steps, which is {steps}")
+        return self
+
     @classmethod
     def default_preset(cls, settings: dict[str, Any]) -> str | None:
         """The preset below `settings` when the user names none: the built-in base needs its own."""
         return "builtin-style" if _is_builtin(settings) else None
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises ConfigError for a service of `output.trackers` whose package is not installed."""
+    for name in names:
+        try:
+            distribution(name)  # no import: wandb leaves folders of its name that Python would take for it
+        except PackageNotFoundError:
+            raise ConfigError(
+                f"output.trackers has '{name}', which is not installed: pip install \"adapter-studio[track]\""
+            ) from None
 
 
 def _as_dict(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from studio import paths
 from studio.errors import ConfigError, nearest
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+log = logging.getLogger(__name__)
 
 
 def fields(schema: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
@@ -47,6 +50,7 @@ def resolve(
     `preset` is a shipped name or a file; `file` is .yaml, .toml or .json; `flags` maps dotted keys
     to values, None meaning not given; `sets` holds "a.b=c" with c in YAML. Raises ConfigError for
     an unknown key (with the nearest known one), a value of the wrong type or range, a missing file.
+    Logs the preset.
     """
     layers = [_read(file) if file else {}]
     layers.append(_nested({key: value for key, value in (flags or {}).items() if value is not None}))
@@ -58,9 +62,12 @@ def resolve(
     for origin, layer in ((f"preset '{preset}'", base), (f"'{file}'", layers[0])):
         _check_keys(schema, layer, origin)
     try:
-        return schema.model_validate(_merged([base, given]))
+        config = schema.model_validate(_merged([base, given]))
     except ValidationError as problem:
         raise ConfigError(_explain(problem)) from problem
+    if preset:
+        log.info("preset: %s", preset)
+    return config
 
 
 def load(schema: type[Schema], file: Path) -> Schema:
@@ -171,6 +178,9 @@ def _explain(problem: ValidationError) -> str:
     for error in problem.errors(include_url=False):
         key = ".".join(map(str, error["loc"]))
         message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "multiple_of":
+            factor = error["ctx"]["multiple_of"]
+            message += f"; the nearest is {round(error['input'] / factor) * factor}"
         is_value = key and error["type"] != "value_error"
         lines.append(f"{key} is {error['input']!r}: {message}" if is_value else f"{key}: {message}".lstrip(": "))
     return "\n".join(lines)

@@ -53,6 +53,7 @@ def configure_logging() -> None:
     # they print by themselves, and warn of every optional package that is not there
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.captureWarnings(True)
     # of the processes of a distributed run, the main one speaks
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING

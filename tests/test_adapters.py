@@ -214,6 +214,23 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_misses(field: str)
         match_targets({"unet": block()}, plans[field], ROLES)
 
 
+@pytest.mark.parametrize("field", ["exclude", "overrides"])
+def test_a_pattern_that_touches_no_chosen_layer_is_an_error(field: str) -> None:
+    value = ("convolutions",) if field == "exclude" else {"convolutions": {"rank": 4}}
+    with pytest.raises(ConfigError, match="touches none of the 3 layers"):
+        match_targets({"unet": block()}, AdapterPlan(("attention",), **{field: value}), ROLES)
+
+
+def test_a_second_merge_into_the_same_layer_is_refused() -> None:
+    net = Net(nn.Linear(6, 6))
+    first, second = adapted(net), adapted(net)
+    first.merge()
+    with pytest.raises(RuntimeError, match="unmerge it first"):
+        second.merge()
+    first.unmerge()
+    second.merge()
+
+
 def test_overrides_set_rank_alpha_dropout_and_rate_per_target() -> None:
     plan = AdapterPlan(
         ("attention", "convolutions"),

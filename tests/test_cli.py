@@ -14,6 +14,7 @@ import pytest
 from studio import cli
 from studio.config import TrainSDConfig
 from studio.runs import Run
+from studio.settings import fields
 
 
 def studio(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -108,11 +109,16 @@ def test_resume_takes_no_other_settings(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_runs_are_listed_as_json(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Run.create(tmp_path, "a", TrainSDConfig())
-    assert ending(monkeypatch, "runs", "list", "--output-dir", str(tmp_path), "--json") == 0
+    monkeypatch.chdir(tmp_path)
+    run = Run.create("runs", "a", TrainSDConfig())
+    assert ending(monkeypatch, "runs", "list", "--output-dir", "runs", "--json") == 0
     (listed,) = json.loads(capsys.readouterr().out)["runs"]
     assert (listed["id"], listed["state"], listed["alive"]) == (run.id, "queued", False)
-    assert ending(monkeypatch, "runs", "show", "last", "--output-dir", str(tmp_path)) == 0
+    assert ending(monkeypatch, "runs") == 0
+    assert run.id in capsys.readouterr().out
+    assert ending(monkeypatch, "runs", "show", "lst") == 2
+    assert f"Did you mean last? The newest are: {run.id}." in " ".join(capsys.readouterr().err.split())
+    assert ending(monkeypatch, "runs", "show", "last") == 0
     assert run.id in capsys.readouterr().out
 
 
@@ -122,3 +128,7 @@ def test_flags_carry_the_schemas_help(monkeypatch: pytest.MonkeyPatch, capsys: p
     text = capsys.readouterr().out
     assert "Optimizer steps. (1 or more; default 1500)" in text
     assert "kohya, diffusers, peft" in text
+    assert "sd15-style" in text, "--preset names the presets"
+    assert ending(monkeypatch, "train-sd", "--help-all") == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert listed == list(fields(TrainSDConfig))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from studio.config import TrainSDConfig
+from studio.config import TrainSDConfig, check_trackers
 from studio.errors import ConfigError
 from studio.settings import fields, load, presets, resolve
 
@@ -45,17 +45,42 @@ def test_values_of_set_are_yaml() -> None:
     config = resolve(TrainSDConfig, sets=[*sets, 'adapter.overrides={"*.to_q": {rank: 4}}'])
     assert config.adapter.targets == ["attention", "*.to_q"]
     assert (config.optimizer.lr, config.data.flip, config.output.name) == (2e-4, True, "12")
-    assert config.adapter.overrides == {"*.to_q": {"rank": 4}}
+    assert config.adapter.overrides["*.to_q"].model_dump(exclude_none=True) == {"rank": 4}
 
 
-def test_a_comma_separates_targets_of_a_flag() -> None:
-    config = resolve(TrainSDConfig, flags={"adapter.targets": "attention, feed-forward"})
-    assert config.adapter.targets == ["attention", "feed-forward"]
+@pytest.mark.parametrize(
+    ("text", "targets"),
+    [
+        ("attention, feed-forward", ["attention", "feed-forward"]),
+        (r"re:.*\.to_(q|k){1,2},to_v", [r"re:.*\.to_(q|k){1,2}", "to_v"]),
+        ("re:.*[,(],to_v", ["re:.*[,(],to_v"]),  # brackets that do not close hold the rest together
+    ],
+)
+def test_a_comma_outside_brackets_separates_targets(text: str, targets: list[str]) -> None:
+    assert resolve(TrainSDConfig, flags={"adapter.targets": text}).adapter.targets == targets
 
 
-def test_alpha_follows_rank() -> None:
-    assert resolve(TrainSDConfig, flags={"adapter.rank": 8}).adapter.alpha == 8
+def test_a_single_prompt_is_a_list_of_one() -> None:
+    assert resolve(TrainSDConfig, sets=["samples.prompts=a cat, sitting"]).samples.prompts == ["a cat, sitting"]
+
+
+def test_alpha_is_left_open() -> None:
+    """It then follows each layer's own rank, which an override may change."""
+    assert resolve(TrainSDConfig, flags={"adapter.rank": 8}).adapter.alpha is None
     assert resolve(TrainSDConfig, flags={"adapter.rank": 8, "adapter.alpha": 1.0}).adapter.alpha == 1
+
+
+def test_trackers_must_be_installed() -> None:
+    check_trackers([])
+    check_trackers(["pytest"])
+    with pytest.raises(ConfigError, match=r"no-such-tracker.*adapter-studio\[track\]"):
+        check_trackers(["no-such-tracker"])
+
+
+def test_the_preset_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    resolve(TrainSDConfig)
+    assert caplog.messages == ["preset: builtin-style"]
 
 
 def test_the_builtin_base_has_preset_data_and_name(tmp_path: Path) -> None:
@@ -74,6 +99,11 @@ def test_the_builtin_base_has_preset_data_and_name(tmp_path: Path) -> None:
         ("adapter.rank=0", "adapter.rank is 0"),
         ("output.format=kohyaa", "'kohya', 'diffusers' or 'peft'"),
         ("schedule.warmup_steps=5", "constant_with_warmup"),
+        ("data.resolution=100", "multiple of 8; the nearest is 96"),
+        ('adapter.overrides={"*.to_q": {rank: many}}', "adapter.overrides.*.to_q.rank is 'many'"),
+        ('adapter.overrides={"*.to_q": {dropout: 1}}', "adapter.overrides.*.to_q.dropout is 1"),
+        ('adapter.overrides={"*.to_q": {rnk: 4}}', "unknown setting 'rnk'. Did you mean rank?"),
+        ('adapter.overrides={"*.to_q": 4}', "adapter.overrides.*.to_q is 4"),
         ("adapter.rank", "KEY=VALUE"),
         ("model.source=a/b", "--data FOLDER"),
     ],
@@ -82,6 +112,11 @@ def test_bad_settings_say_what_and_where(sets: str, message: str) -> None:
     with pytest.raises(ConfigError) as problem:
         resolve(TrainSDConfig, sets=[sets])
     assert message in str(problem.value)
+
+
+def test_a_warmup_must_end() -> None:
+    with pytest.raises(ConfigError, match=r"warmup_steps is 20; .* train\.steps, which is 20"):
+        resolve(TrainSDConfig, sets=["schedule.name=cosine", "schedule.warmup_steps=20", "train.steps=20"])
 
 
 def test_an_unknown_key_of_a_file_names_file_and_nearest(tmp_path: Path) -> None:
@@ -103,7 +138,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 
 def test_a_saved_config_loads_equal(tmp_path: Path) -> None:
-    config = resolve(TrainSDConfig, sets=["adapter.rank=3", "loss.min_snr_gamma=5"])
+    config = resolve(TrainSDConfig, sets=["adapter.rank=3", "adapter.overrides={to_q: {lr: 1e-3}}"])
     assert load(TrainSDConfig, given(tmp_path, **config.model_dump(mode="json"))) == config
 
 

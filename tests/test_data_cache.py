@@ -51,6 +51,13 @@ def test_computes_once_across_caches(tmp_path: Path) -> None:
     assert files == [f"{KEY[:2]}/{KEY[2:4]}/{KEY}.safetensors"]
 
 
+def test_what_is_not_to_be_kept_is_only_read(tmp_path: Path) -> None:
+    compute, cache = Compute(), TensorCache(tmp_path)
+    assert equal(cache.get(KEY, compute, keep=False), compute.value) and not list(tmp_path.iterdir())
+    cache.get(KEY, compute)
+    assert equal(cache.get(KEY, compute, keep=False), compute.value) and compute.calls == 2
+
+
 @pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-1], lambda d: bytes(len(d)), lambda d: b"\xff" * 99])
 def test_damaged_entry_is_computed_again(tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture) -> None:
     cache, compute = TensorCache(tmp_path), Compute()

@@ -79,7 +79,7 @@ def test_unknown_and_ambiguous_names_are_refused(folder, tmp_path):
     with pytest.raises(ConfigError, match="is named twice"):
         wanted_loras("a", ["ink.safetensors:0.5", "ink.safetensors"], [folder])
     (tmp_path / "ink.safetensors").touch()
-    with pytest.raises(ConfigError, match="could be any of"):
+    with pytest.raises(ConfigError, match=r"could be any of.*Give the file with --lora"):
         wanted_loras("a <lora:ink:0.5>", [], [folder, tmp_path])
 
 
@@ -96,6 +96,12 @@ def test_loras_act_add_up_and_come_off(base, folder):
     with loras(*base, [(ink, 0.5), (ink, 0.3)]):
         assert np.abs(draw(base) - changed).max() <= 1
     assert np.array_equal(draw(base), plain)
+
+
+def test_a_file_for_another_family_is_told_apart(folder):
+    ink = str(folder / "ink.safetensors")
+    with pytest.raises(ConfigError, match=r"ink\.safetensors: the file is for sd, the base is sdxl"):
+        apply_loras(*load_base(str(tiny.folder("sdxl"))), [(ink, 1.0)])
 
 
 def test_a_failure_leaves_nothing_attached(base, folder, tmp_path):

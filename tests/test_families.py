@@ -162,8 +162,62 @@ def test_a_hub_model_out_of_reach_is_one_clear_error(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="'someone/some-model' is neither a folder here"):
-        load_base("someone/some-model")
+    message = "'someone/some-model' is not a folder here .* the hub cannot be reached"
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(ConfigError, match=message):
+            load_base("someone/some-model", dtype)
+
+
+def test_half_precision_takes_the_hubs_smaller_files_where_it_has_them(monkeypatch):
+    index = {"_class_name": "StableDiffusionPipeline"}
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", lambda source: index)
+    asked = []
+    for has_variant in (True, False):
+
+        def from_pretrained(source, variant=None, has_variant=has_variant, **options):
+            asked.append(variant)
+            if variant and not has_variant:
+                raise ValueError("no such modeling files are available")
+            return tiny.pipeline("sd15")
+
+        monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", from_pretrained)
+        load_base("someone/some-model", torch.bfloat16)
+    load_base("someone/some-model", torch.float32)
+    assert asked == ["fp16", "fp16", None, None]
+
+
+def test_bases_for_something_else_are_refused(tmp_path):
+    painter = tmp_path / "inpainting"
+    shutil.copytree(tiny.folder("sd15"), painter)
+    unet = tiny.unet("sd15", in_channels=9)
+    unet.save_pretrained(painter / "unet")
+    with pytest.raises(ConfigError, match=r"takes 9 channels .* have 4: inpainting .* not supported yet") as caught:
+        load_base(str(painter))
+    assert caught.value.exit_code == 2
+    refiner = tiny.pipeline("sdxl")
+    refiner.register_modules(text_encoder=None, tokenizer=None)
+    refiner.save_pretrained(tmp_path / "refiner")
+    with pytest.raises(ConfigError, match="has no text_encoder: such variants are not supported yet"):
+        load_base(str(tmp_path / "refiner"))
+
+
+def test_the_prediction_type_can_be_told():
+    source = str(tiny.folder("sd2"))
+    for asked, expected in {"auto": "v_prediction", "epsilon": "epsilon"}.items():
+        family, models = load_base(source, prediction_type=asked)
+        assert family.prediction_type(models) == expected
+
+
+def test_captions_beyond_the_tokenizer_are_found(case):
+    family, models, _ = case
+    assert family.too_long(models, ["x " * 75, "y " * 76, "", "z " * 200]) == ["y " * 76, "z " * 200]
+
+
+def test_a_single_file_whose_tokenizer_cannot_be_had_names_the_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    save_file(ldm_checkpoint(tiny.pipeline("sd15")), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"--set model\.config=DIR \(train\) or --model-config DIR"):
+        load_base(str(tmp_path / "model.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["sd15"])

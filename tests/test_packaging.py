@@ -40,12 +40,12 @@ def test_the_wheel_leaves_out_tests_and_build_scripts(names: set[str]) -> None:
 
 
 def test_every_dependency_is_pinned() -> None:
-    """xformers and wandb are left to their users: they follow the GPU and the service."""
+    """wandb is left to its users: it follows the service."""
     groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
     wanted = {_normal(requirement) for group in groups for requirement in group}
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all("==" in pin for pin in pins)
-    assert wanted - {_normal(pin) for pin in pins} == {"xformers", "wandb"}
+    assert wanted - {_normal(pin) for pin in pins} == {"wandb"}
 
 
 def _normal(requirement: str) -> str:

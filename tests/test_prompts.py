@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from studio.diffusion.prompts import encode_prompts, extract_loras, parse_weights
+from studio.diffusion.prompts import encode_prompts, extract_loras, parse_weights, plain
 from studio.errors import ConfigError
 from studio.families.loading import load_base
 
@@ -49,6 +49,18 @@ def test_lora_tags_are_taken_out():
         [("ink", 0.8), ("my lora v1.2", 1.0)],
     )
     assert extract_loras("x <3 and y > 2") == ("x <3 and y > 2", [])
+
+
+LITERAL = [
+    *("a cat", "", "a (red:1.3) [b] cat", r"C:\(x\) \\", "a ) b ] (c [d", "x <3 and y > 2", "12:30) :1.2)"),
+    *("a BREAK b", "BREAKFAST BREAK", r"\BREAK (BREAK)", "<lora:ink:0.8> <b:c>", r"\<lora:ink:0.8>", "<<lora:a:1>>"),
+]
+
+
+@pytest.mark.parametrize("text", LITERAL)
+def test_plain_text_survives_the_syntax(text):
+    assert extract_loras(plain(text)) == (plain(text), [])
+    assert parse_weights(plain(text)) == [[(text, 1.0)] if text else []]
 
 
 @pytest.mark.parametrize("tag", ["<lora:ink:much>", "<lora:ink:0.5:0.7>", "<lora: :1>", "<hypernet:ink:1>"])

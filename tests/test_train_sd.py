@@ -75,10 +75,15 @@ def test_a_run_leaves_a_checked_file_and_pictures(kind: str, pictures: Path, tmp
     # SDXL reads its first encoder before the last layer, which kohya's key list has all the same
     assert all("lora_te1_text_model_encoder_layers_2_" in key for key in idle), idle
     assert metadata["ss_output_name"] == "cats" and metadata["ss_steps"] == "4"
-    again = TrainSDConfig.model_validate(json.loads(metadata["studio.config"]))
-    assert again == config(pictures, tmp_path, kind)
+    told, given = json.loads(metadata["studio.config"]), config(pictures, tmp_path, kind).model_dump(mode="json")
+    assert str(tmp_path) not in str(metadata), "a file that is passed on names no folders of this machine"
+    paths = {"data": "folder", "model": "source", "output": "folder"}
+    for group, settings in given.items():
+        assert told[group] == {**settings, **({paths[group]: told[group][paths[group]]} if group in paths else {})}
+    TrainSDConfig.model_validate(told)
     losses = Run.open(result.run_folder).metrics()
     assert [line["step"] for line in losses] == [1, 2, 3, 4]
+    assert losses[0]["lr"] == 1e-3 and losses[0]["lr(0.0001)"] == 1e-4, "each rate under its own name"
     assert len(list((result.run_folder / "samples").glob("step-*/00.png"))) == 2
 
 
@@ -95,6 +100,57 @@ def test_a_stopped_run_resumes_to_the_same_bits(pictures: Path, tmp_path: Path) 
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert Run.open(straight.run_folder).metrics() == Run.open(run.folder).metrics()
+
+
+@pytest.mark.parametrize("left", ["nothing", "half a preview"])
+def test_a_run_killed_while_it_drew_its_last_samples_still_ends_whole(
+    left: str, pictures: Path, tmp_path: Path
+) -> None:
+    settings = config(pictures, tmp_path)
+    run = Run.create(settings.output.folder, settings.output.name, settings)
+    whole = trained(settings, run)
+    assert whole.sheet
+    expected = whole.sheet.read_bytes()
+    last = run.samples / "step-000004"
+    last.rename(run.samples / ".part")
+    if left == "half a preview":
+        next((run.samples / ".part").iterdir()).unlink()
+    whole.sheet.unlink()
+    resumed = trained(settings, Run.open(run.folder))
+    assert resumed.sheet and resumed.sheet.read_bytes() == expected
+    assert [folder.name for folder in sorted(run.samples.iterdir())] == ["step-000000", "step-000004"]
+
+
+def test_a_stop_while_pictures_are_encoded_trains_nothing(pictures: Path, tmp_path: Path) -> None:
+    settings = config(pictures, tmp_path)
+    run = Run.create(settings.output.folder, settings.output.name, settings)
+    run.on_status.append(lambda status: "(1/" in status.message and (run.control / "stop").touch())
+    assert trained(settings, run).file is None
+    assert (run.status.state, run.status.step) == ("stopped", 0)
+    assert not list(run.samples.iterdir())
+
+
+def test_the_rate_of_text_encoders_goes_to_text_encoders_only(pictures: Path, tmp_path: Path) -> None:
+    def rates(**adapter) -> dict[str, float | None]:
+        task = sd.build_task(config(pictures, tmp_path, adapter=adapter), torch.device("cpu"))
+        return {name: one.config.lr for name, one in task.adapters.items()}
+
+    for adapter in (
+        {"train_text_encoder": True},
+        {"targets": ["attention", "text-encoder"], "train_text_encoder": False},
+        {"train_text_encoder": True, "overrides": {"text-encoder": {"rank": 2}}},
+    ):
+        for name, rate in rates(**adapter).items():
+            assert rate == (1e-4 if name.startswith("text_encoder") else None)
+    with pytest.raises(ConfigError, match="no text encoder is adapted"):
+        rates(train_text_encoder=False)
+
+
+def test_an_override_of_rank_brings_its_alpha(pictures: Path, tmp_path: Path) -> None:
+    overrides = {"attention": {"rank": 2}}
+    settings = config(pictures, tmp_path, adapter={"alpha": None, "overrides": overrides})
+    task = sd.build_task(settings, torch.device("cpu"))
+    assert {(one.config.rank, one.config.scale) for _, one in task.adapters.items()} == {(2, 1.0), (4, 1.0)}
 
 
 def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path) -> None:

@@ -83,11 +83,11 @@ def vae() -> nn.Module:
     )
 
 
-def unet(kind: str) -> nn.Module:
+def unet(kind: str, in_channels: int = 4) -> nn.Module:
     """Two levels for Stable Diffusion; SDXL keeps its three, with fewer transformer blocks in the last."""
     from diffusers import UNet2DConditionModel
 
-    common = {"sample_size": 8, "layers_per_block": 2, "norm_num_groups": 4}
+    common = {"in_channels": in_channels, "sample_size": 8, "layers_per_block": 2, "norm_num_groups": 4}
     if kind == "sdxl":
         return UNet2DConditionModel(
             **common,

@@ -24,7 +24,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Writes `folder`/step-000123/, whole or not at all, and removes all but the newest `KEPT` states."""
     place = folder / f"step-{step:06d}"
     partial = folder / f".step-{step:06d}.{os.getpid()}.part"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.glob(".step-*.part"):  # of a process that was killed while it saved
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     with (partial / STATE).open("wb") as file:
         torch.save({**state, "step": step}, file)
@@ -54,4 +55,4 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 def _states(folder: Path) -> list[Path]:
     """State files, the newest first."""
-    return sorted(folder.glob(f"step-*/{STATE}"), reverse=True)
+    return sorted(folder.glob(f"step-*/{STATE}"), key=lambda file: int(file.parent.name[5:]), reverse=True)

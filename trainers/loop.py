@@ -79,9 +79,11 @@ def fit(
     run.update_status(step=step, total=train.steps, message="training")
     if step == 0:
         task.check(batches.of_step(0)[0][0])
-        _preview(task, run, 0, accelerator)
+    stop = _requests(run, accelerator)[0]
+    if not stop and _sample_is_due(step, train):  # also where a run was killed before it had drawn
+        _preview(task, run, step, accelerator)
     task.adapters.train()
-    while step < train.steps:
+    while step < train.steps and not stop:
         loss = _step(wrapped, task, batches, step, optimizer, schedule, accelerator, train.max_grad_norm)
         step += 1
         if not math.isfinite(loss):
@@ -89,16 +91,19 @@ def fit(
                 f"the loss is {loss} at step {step}: lower the learning rate ({optimizer_config.lr:g}), or use "
                 f"bf16 or fp32 instead of fp16. The last checkpoint is before it: {run.checkpoints}"
             )
-        _record(run, accelerator, step, loss, schedule)
+        _record(run, accelerator, step, loss, optimizer)
         stop, save, sample = _requests(run, accelerator)
         last = step == train.steps
         if stop or save or last or (train.checkpoint_every and step % train.checkpoint_every == 0):
             state.save(run, step)
-        if sample or last or (train.sample_every and step % train.sample_every == 0 and not stop):
+        if sample or (_sample_is_due(step, train) and (last or not stop)):
             _preview(task, run, step, accelerator)
-        if stop:
-            break
     return step
+
+
+def _sample_is_due(step: int, train: TrainConfig) -> bool:
+    """At the start, at the end, and every so many steps: the same rule for a run that resumes."""
+    return step in (0, train.steps) or bool(train.sample_every and step % train.sample_every == 0)
 
 
 def _step(
@@ -125,15 +130,17 @@ def _step(
         accelerator.clip_grad_norm_(task.adapters.parameters(), max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    schedule.step()
+    if not accelerator.optimizer_step_was_skipped:
+        schedule.step()
     task.adapters.after_step(step)
     return float(accelerator.reduce(total, "mean"))
 
 
-def _record(
-    run: Run, accelerator: Accelerator, step: int, loss: float, schedule: torch.optim.lr_scheduler.LRScheduler
-) -> None:
-    metrics = {"loss": loss, "lr": schedule.get_last_lr()[0]}
+def _record(run: Run, accelerator: Accelerator, step: int, loss: float, optimizer: Any) -> None:
+    """`lr` is the rate that the next step uses, one entry for each group of parameters."""
+    metrics = {"loss": loss, **{group["name"]: group["lr"] for group in optimizer.param_groups}}
+    if accelerator.optimizer_step_was_skipped:  # fp16 gradients overflowed; the scaler lowers its scale
+        log.warning("step %d changed nothing: its fp16 gradients overflowed", step)
     run.log_metrics(step=step, **metrics)
     run.update_status(step=step, loss=loss, message="training")
     accelerator.log(metrics, step=step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,13 @@ def build_task(config: TrainSDConfig, device: torch.device | None = None) -> Dif
     """
     device = device or best_device()
     images = scan_folder(Path(config.data.folder))
-    log.info("%s", images.report())
     dtype = precision_dtype(config.model.precision, device)
-    family, models = load_base(config.model.source, dtype, config.model.config or None)
+    family, models = load_base(
+        config.model.source, dtype, config.model.config or None, config.model.prediction_type
+    )
+    cut = family.too_long(models, [item.caption for item in images.items])
+    if cut:
+        log.warning("%d captions are longer than the text encoder reads; their ends are lost, such as: %s", len(cut), cut[0])
     return DiffusionTask(config, family, models, images).to(device)
 
 
@@ -61,7 +66,7 @@ def train(config: TrainSDConfig, run: Run) -> TrainResult:
     accelerator = _accelerator(config, run)
     run.update_status(message="loading the base and the pictures", total=config.train.steps)
     task = build_task(config, accelerator.device)
-    log.info("%s", task.describe())
+    log.info("%s\n%s", task.images.report(), task.describe())
     if accelerator.ddp_handler:
         # SDXL reads its first text encoder before the last layer, whose adapters get no gradient
         accelerator.ddp_handler.find_unused_parameters = task.trains_text
@@ -84,16 +89,29 @@ def _finish(config: TrainSDConfig, run: Run, task: DiffusionTask, step: int) -> 
     for check in checks:
         if check.unused:
             log.warning("%s would leave %d keys unused, such as %s", check.consumer, len(check.unused), check.unused[0])
+    return TrainResult(run.folder, file, sheet, plot, checks, _next_commands(config, run, task, file))
+
+
+def _next_commands(config: TrainSDConfig, run: Run, task: DiffusionTask, file: Path) -> list[str]:
+    """What to type next, quoted for a shell; `generate` draws the sheet's first picture."""
+    model, samples = config.model, config.samples
+    base = [] if model.source == "builtin" else ["--model", model.source]
+    config_of_base = ["--model-config", model.config] if model.config else []
+    if model.prediction_type != "auto":
+        config_of_base += ["--prediction-type", model.prediction_type]
+    drawn = ["--steps", str(samples.steps), "--guidance", f"{samples.guidance:g}", "--seed", str(samples.seed)]
     prompt = task.preview_prompts()[0]
-    base = "" if config.model.source == "builtin" else f" --model {config.model.source}"
-    return TrainResult(
-        run.folder,
-        file,
-        sheet,
-        plot,
-        checks,
-        [f'studio generate "{prompt}"{base} --lora {file}:0.8', f"studio check {file}", f"studio runs show {run.id}"],
-    )
+    commands = [
+        ["generate", prompt, "--lora", _short(file), *base, *config_of_base, *drawn],
+        ["check", _short(file), *base],
+        ["runs", "show", _short(run.folder)],
+    ]
+    return [shlex.join(["studio", *command]) for command in commands]
+
+
+def _short(path: Path) -> str:
+    """Relative to the current folder where it lies below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def _accelerator(config: TrainSDConfig, run: Run) -> Accelerator:

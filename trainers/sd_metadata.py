@@ -55,8 +55,17 @@ def training_metadata(
         "modelspec.prediction_type": "v" if family.prediction_type(models) == "v_prediction" else "epsilon",
         "modelspec.title": config.output.name,
         "modelspec.resolution": f"{config.data.resolution}x{config.data.resolution}",
-        "studio.config": json.dumps(config.model_dump(mode="json")),
+        "studio.config": json.dumps(_shareable(config)),
     }
+
+
+def _shareable(config: TrainSDConfig) -> dict[str, Any]:
+    """All settings, but names in place of this machine's paths: files are passed on."""
+    settings = config.model_dump(mode="json")
+    for group, key in (("data", "folder"), ("model", "source"), ("model", "config"), ("output", "folder")):
+        path = Path(settings[group][key])
+        settings[group][key] = path.name if path.is_absolute() else settings[group][key]
+    return settings
 
 
 def _tags(images: ImageFolder) -> dict[str, int]:

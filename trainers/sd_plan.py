@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def make_plan(task: DiffusionTask) -> Plan:
     seconds, memory = _measure(task, epoch[0])
     parameters = sum(parameter.numel() for parameter in task.adapters.parameters())
     settings = Counter(
-        f"{adapter.method} rank {adapter.config.rank} alpha {adapter.config.alpha:g}"
+        f"{adapter.method} rank {adapter.config.rank} alpha {adapter.config.scale * adapter.config.rank:g}"
         for _, adapter in task.adapters.items()
     )
     return Plan(
@@ -104,8 +105,17 @@ def _measure(task: DiffusionTask, batch: list) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     if torch.cuda.is_available():
         return seconds, torch.cuda.max_memory_allocated()
-    info = psutil.Process().memory_info()
-    return seconds, getattr(info, "peak_wset", info.rss)  # only Windows knows the peak
+    return seconds, _peak_memory()
+
+
+def _peak_memory() -> int:
+    """Bytes that this process held at most."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _size(count: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from studio import paths
-from studio.adapters import AdapterConfig, AdapterPlan, inject
+from studio.adapters import AdapterConfig, AdapterPlan, inject, match_targets
 from studio.config import TrainSDConfig
 from studio.data.buckets import Size, assign_buckets, bucket_batches, bucket_report
 from studio.data.cache import TensorCache
@@ -19,7 +20,9 @@ from studio.data.images import ImageFolder, ImageItem
 from studio.diffusion.encoded import EncodedImages, EncodedPrompts
 from studio.diffusion.generate import GenerateRequest, generate
 from studio.diffusion.objective import Objective
+from studio.diffusion.prompts import plain
 from studio.diffusion.sheets import sheet
+from studio.errors import ConfigError
 from studio.families.base import Conditioning, DiffusionFamily, Models
 from studio.formats import check_names, write_adapter
 from studio.formats.state import AdapterState
@@ -28,7 +31,7 @@ from studio.seeds import sample_generator, seed_of
 from trainers.sd_metadata import training_metadata
 from trainers.task import Task
 
-TEXT_ENCODER_ROLE = "text-encoder"
+SHEET_COLUMNS = 6
 
 
 @dataclass(frozen=True)
@@ -40,23 +43,26 @@ class Sample:
     place: int
 
 
-def adapter_plan(config: TrainSDConfig, family: DiffusionFamily) -> AdapterPlan:
-    """The layers and settings that the config asks for."""
+def adapter_plan(config: TrainSDConfig, family: DiffusionFamily, models: Models) -> AdapterPlan:
+    """The layers and settings that the config asks for.
+
+    Raises ConfigError where a target matches nothing, or a text encoder's rate has no text encoder to act on.
+    """
     adapter, rate = config.adapter, config.optimizer.text_encoder_lr
     targets = tuple(adapter.targets) or family.default_targets
-    overrides = dict(adapter.overrides)
     if adapter.train_text_encoder:
-        targets += (TEXT_ENCODER_ROLE,)
-        if rate is not None:
-            overrides = {TEXT_ENCODER_ROLE: {"lr": rate}, **overrides}
-    settings = AdapterConfig(
-        method=adapter.method,
-        rank=adapter.rank,
-        alpha=float(adapter.alpha or adapter.rank),
-        dropout=adapter.dropout,
-        rslora=adapter.rslora,
-    )
-    return AdapterPlan(targets, tuple(adapter.exclude), settings, overrides)
+        targets += ("text-encoder",)
+    settings = AdapterConfig(adapter.method, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora)
+    overrides = {pattern: one.model_dump(exclude_none=True) for pattern, one in adapter.overrides.items()}
+    plan = AdapterPlan(targets, tuple(adapter.exclude), settings, overrides)
+    if rate is None:
+        return plan
+    if not any(name.startswith("text_encoder") for name in match_targets(family.prefixes(models), plan, family.roles)):
+        raise ConfigError(
+            f"optimizer.text_encoder_lr is {rate:g}, but no text encoder is adapted: add --train-text-encoder, "
+            "or leave the rate out"
+        )
+    return replace(plan, overrides={"text_encoder*": {"lr": rate}, **overrides})  # first: the user's own win
 
 
 class DiffusionTask(Task[Sample]):
@@ -69,7 +75,7 @@ class DiffusionTask(Task[Sample]):
         self.buckets = assign_buckets(images.items, data.resolution, data.bucket_step, data.max_aspect)
         self.objective = Objective(models.scheduler)
         self.parts = nn.ModuleDict(models.parts).requires_grad_(False).eval()
-        self.adapters = inject(family.prefixes(models), adapter_plan(config, family), family.roles, config.train.seed)
+        self.adapters = inject(family.prefixes(models), adapter_plan(config, family, models), family.roles, config.train.seed)
         check_names(self.adapters.names, family.name, config.output.format)
         self.trains_text = any(not name.startswith("unet.") for name in self.adapters.names)
         cache = TensorCache(paths.cache())
@@ -98,7 +104,7 @@ class DiffusionTask(Task[Sample]):
         todo = [(item, size, flip) for size, items in self.buckets.items() for item in items for flip in flips]
         for done, (item, size, flip) in enumerate(todo, start=1):
             self._images.get(item, size, flip)
-            if not self.trains_text:
+            if not self.trains_text and not self.config.data.shuffle_captions:
                 self._prompts.get([item.caption])
             run.update_status(message=f"encoding pictures ({done}/{len(todo)})")
             if run.should("stop"):
@@ -144,7 +150,7 @@ class DiffusionTask(Task[Sample]):
     def _conditioning(self, captions: list[str]) -> Conditioning:
         if self.trains_text:
             return self.family.encode_prompt(self.models, captions)
-        stored = self._prompts.get(captions)
+        stored = self._prompts.get(captions, keep=not self.config.data.shuffle_captions)
         unet = self.parts["unet"]
         pooled = None if stored.pooled is None else stored.pooled.to(unet.device, unet.dtype)
         return Conditioning(stored.encoder_hidden_states.to(unet.device, unet.dtype), pooled)
@@ -152,27 +158,39 @@ class DiffusionTask(Task[Sample]):
     # -- pictures and files -------------------------------------------------------------------
 
     def preview_prompts(self) -> list[str]:
-        """The configured prompts, or the first four different captions of the dataset."""
+        """The configured prompts, or the first four different captions of the dataset, taken literally."""
         captions = list(dict.fromkeys(item.caption for item in self.images.items if item.caption))
-        return list(self.config.samples.prompts) or captions[:4] or [""]
+        return list(self.config.samples.prompts) or [plain(caption) for caption in captions[:4]] or [""]
 
     def preview(self, run: Run, step: int) -> None:
-        """Draws every preview prompt at its own fixed seed into `samples/step-000123/`."""
+        """Draws every preview prompt at its own fixed seed into `samples/step-000123/`, all or none."""
         folder = run.samples / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            return
+        partial = run.samples / ".part"
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it drew
+        partial.mkdir(parents=True)
         for place, prompt in enumerate(self.preview_prompts()):
-            picture = self._draw(prompt, place)
-            picture.save(folder / f"{place:02d}.png")
-            run.beat()
+            self._draw(prompt, place).save(partial / f"{place:02d}.png")
+            if run.should("stop") and step < self.config.train.steps:
+                return
+        partial.rename(folder)
 
     def _draw(self, prompt: str, place: int) -> Image.Image:
-        samples = self.config.samples
-        request = GenerateRequest(prompt, seed=samples.seed + place, steps=samples.steps, guidance=samples.guidance)
+        samples, side = self.config.samples, self.config.data.resolution
+        request = GenerateRequest(
+            prompt,
+            seed=samples.seed + place,
+            steps=samples.steps,
+            guidance=samples.guidance,
+            width=side,
+            height=side,
+        )
         return generate(self.family, self.models, request)[0]
 
     def before_after(self, run: Run) -> Path:
-        """The sheet of base and adapter, prompt by prompt at the same seeds, with the steps between."""
-        folders = sorted(run.samples.glob("step-*"))
+        """The sheet of base and adapter, prompt by prompt at the same seeds, with up to four steps between."""
+        folders = _spread(sorted(run.samples.glob("step-*")), SHEET_COLUMNS)
         columns = ["base" if folder.name.endswith("-000000") else f"step {int(folder.name[5:])}" for folder in folders]
         rows = []
         for place, prompt in enumerate(self.preview_prompts()):
@@ -198,3 +216,10 @@ class DiffusionTask(Task[Sample]):
             f"{self.config.adapter.method} of rank {self.config.adapter.rank} on {len(self.adapters.names)} layers, "
             f"{count:,} parameters\n{bucket_report(self.buckets)}"
         )
+
+
+def _spread(things: list[Path], count: int) -> list[Path]:
+    """At most `count` of `things`, evenly spread, with the first and the last."""
+    if len(things) <= count:
+        return things
+    return [things[round(place * (len(things) - 1) / (count - 1))] for place in range(count)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -31,13 +31,9 @@ class Task(nn.Module, Generic[Item]):
         self.adapters.check_used(lambda: self(items, 0))
 
     def preview(self, run: Run, step: int) -> None:
-        """Draws or writes samples into `run.samples`."""
+        """Draws or writes samples of a step into `run.samples`; does nothing where they are there already."""
         raise NotImplementedError
 
     def save(self, path: Path, step: int) -> Path:
         """Exports the adapters below the name `path` (without suffix); returns the file or folder."""
-        raise NotImplementedError
-
-    def summary(self) -> dict[str, Any]:
-        """Facts for the log: layers, parameters, samples."""
         raise NotImplementedError

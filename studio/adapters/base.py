@@ -6,6 +6,7 @@ follows from it, and a method overrides `forward` only where an equal path is ch
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -36,10 +37,6 @@ class LayerSpec:
     @property
     def out_features(self) -> int:
         return self.weight_shape[1] if self.kind == "embedding" else self.weight_shape[0]
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        return self.weight_shape[2:]
 
     @property
     def groups(self) -> int:
@@ -124,13 +121,14 @@ class WeightView:
 class AdapterConfig:
     """The settings of one adapter on one layer.
 
-    `rank` >= 1; `alpha` > 0 (the scale is alpha / rank, or alpha / sqrt(rank) with `rslora`);
+    `rank` >= 1; `alpha` > 0, None meaning the rank; the scale is alpha / rank, or
+    alpha / sqrt(rank) with `rslora` (arXiv:2312.03732);
     `dropout` in [0, 1) on the adapter's input; `lr` overrides the run's learning rate.
     """
 
     method: str = "lora"
     rank: int = 16
-    alpha: float = 16.0
+    alpha: float | None = None
     dropout: float = 0.0
     rslora: bool = False
     lr: float | None = None
@@ -138,12 +136,18 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"rank is {self.rank}; it must be 1 or more")
-        if self.alpha <= 0:
+        if self.alpha is not None and self.alpha <= 0:
             raise ConfigError(f"alpha is {self.alpha}; it must be above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.method not in METHODS:
             raise ConfigError(f"unknown method '{self.method}'.{nearest(self.method, METHODS)}")
+
+    @property
+    def scale(self) -> float:
+        """What the product of a low-rank method's factors is multiplied with."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 METHODS: dict[str, type[Adapter]] = {}

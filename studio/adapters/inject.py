@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -96,7 +97,7 @@ def match_targets(
     for pattern in plan.targets:
         chosen |= _select(pattern, layers, roles)
     for pattern in plan.exclude:
-        chosen -= _select(pattern, layers, roles)
+        chosen -= _among(chosen, pattern, layers, roles, "exclusion")
     configs = dict.fromkeys(chosen, plan.config)
     for pattern, changes in plan.overrides.items():
         unknown = set(changes) - set(AdapterConfig.__dataclass_fields__)
@@ -106,11 +107,19 @@ def match_targets(
                 f"override '{pattern}' has an unknown setting '{key}'."
                 f"{nearest(key, AdapterConfig.__dataclass_fields__)}"
             )
-        for name in _select(pattern, layers, roles) & chosen:
+        for name in _among(chosen, pattern, layers, roles, "override"):
             configs[name] = replace(configs[name], **changes)
     if not chosen:
         raise ConfigError("no layer is left to adapt: the exclusions remove every target")
     return {name: (layer, configs[name]) for name, layer in layers.items() if name in chosen}
+
+
+def _among(chosen: set[str], pattern: str, layers: Iterable[str], roles: Roles, what: str) -> set[str]:
+    """The chosen layers that a pattern means; raises ConfigError where there are none."""
+    found = _select(pattern, layers, roles) & chosen
+    if not found:
+        raise ConfigError(f"the {what} '{pattern}' touches none of the {len(chosen)} layers that the targets choose")
+    return found
 
 
 class Attachment:
@@ -128,6 +137,10 @@ class Attachment:
             return output
         x = args[0] if args else kwargs["input"]
         return self.adapter(x, output, self.weight)
+
+
+_MERGED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Layers whose weight carries an adapter: a second merge would make the first one's saved weight wrong."""
 
 
 class AdapterSet(nn.Module):
@@ -180,13 +193,15 @@ class AdapterSet(nn.Module):
 
         Raises RuntimeError when merged already. The hooks pause while the weights carry the adapter.
         """
-        if self._base_weights:
-            raise RuntimeError("the adapters are merged already")
+        taken = [name for name, layer in self.layers.items() if layer in _MERGED]
+        if taken:
+            raise RuntimeError(f"an adapter is merged into {taken[0]} already: unmerge it first")
         for name, adapter in self.items():
             layer = self.layers[name]
             delta = adapter.strength * adapter.delta_weight(WeightView(layer, adapter.spec)).float()
             self._base_weights[name] = layer.weight.detach().clone()
             layer.weight.copy_(layer.weight.float() + delta)
+            _MERGED.add(layer)
         self._enable(False)
 
     @torch.no_grad()
@@ -194,6 +209,7 @@ class AdapterSet(nn.Module):
         """Restores the base weights that `merge` saved, bit for bit."""
         for name, weight in self._base_weights.items():
             self.layers[name].weight.copy_(weight)
+            _MERGED.discard(self.layers[name])
         self._base_weights.clear()
         self._enable(True)
 
@@ -239,12 +255,18 @@ class AdapterSet(nn.Module):
             adapter.after_step(step)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Optimizer groups, one for each learning rate among the targets; `lr` where none is set."""
+        """Optimizer groups, one for each learning rate among the targets; `lr` where none is set.
+
+        Each has a `name` for the metrics: "lr" for `lr` itself, "lr(1e-05)" for another.
+        """
         groups: dict[float, list[nn.Parameter]] = {}
         for _, adapter in self.items():
             rate = lr if adapter.config.lr is None else adapter.config.lr
             groups.setdefault(rate, []).extend(adapter.parameters())
-        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+        return [
+            {"params": parameters, "lr": rate, "name": "lr" if rate == lr else f"lr({rate:g})"}
+            for rate, parameters in groups.items()
+        ]
 
     # -- files --------------------------------------------------------------------------------
 

@@ -42,14 +42,17 @@ class LoRA(Adapter):
                 f"rank {config.rank} does not divide into the {spec.groups} groups of a convolution; "
                 f"choose a multiple of {spec.groups}"
             )
+        if config.dropout and spec.kind == "embedding":
+            raise ConfigError(
+                "dropout acts on a layer's input, and an embedding's input is token ids: set it to 0 there"
+            )
         self.lora_down = nn.Parameter(torch.zeros(down_shape(spec, config.rank)))
         self.lora_up = nn.Parameter(torch.zeros(up_shape(spec, config.rank)))
 
     @property
     def scale(self) -> float:
         """alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-        rank = self.config.rank
-        return self.config.alpha / (math.sqrt(rank) if self.config.rslora else rank)
+        return self.config.scale
 
     def reset(self, generator: torch.Generator) -> None:
         """Kaiming-uniform `lora_down` and zero `lora_up`; for Embedding the roles are exchanged, as in peft."""

@@ -39,6 +39,11 @@ def with_flags(schema: type[BaseModel], keys: Mapping[str, str]) -> Callable[[Co
     return decorate
 
 
+def settings_help(schema: type[BaseModel]) -> str:
+    """Every setting of a schema on a line of its own."""
+    return "\n".join(f"{key:<30}{field_help(field)}" for key, field in fields(schema).items())
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     kinds = {field.annotation, *get_args(field.annotation)}  # float | None is a float
     base = next((kind for kind in (bool, int, float) if kind in kinds), str)
@@ -54,7 +59,7 @@ def field_help(field: FieldInfo) -> str:
     if choices := [choice for choice in get_args(field.annotation) if isinstance(choice, str)]:
         notes.append(", ".join(choices))
     notes += _range(field)
-    if field.default not in (None, "", [], False):
+    if field.default not in (None, "", [], {}, False):
         notes.append(f"default {field.default}")
     return f"{field.description} ({'; '.join(notes)})" if notes else field.description or ""
 

@@ -19,14 +19,18 @@ DEFAULT_LORA_DIRS = [Path("loras"), Path("runs")]
 PROMPT_HELP = "What to draw; (word:1.2) weighs, <lora:name:0.8> applies a LoRA."
 MODEL_HELP = '"builtin", a hub id, a diffusers folder or a .safetensors checkpoint.'
 CONFIG_HELP = "A diffusers folder that lends a single checkpoint file its configurations and tokenizers."
+GUIDANCE_HELP = "Guidance scale; 1 is none. (default 3 for the built-in base, 7 for others)"
 LORA_HELP = "A file, folder or hub id, with an optional strength; repeat for more."
+PREDICTION_HELP = "What the base predicts; auto reads it from the base, which a single checkpoint file may not say."
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
+PredictionType = Literal["auto", "epsilon", "v_prediction"]
 
 
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help=PROMPT_HELP)],
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "builtin",
     model_config: Annotated[str | None, typer.Option(help=CONFIG_HELP)] = None,
+    prediction_type: Annotated[PredictionType, typer.Option(help=PREDICTION_HELP)] = "auto",
     lora: Annotated[list[str] | None, typer.Option(help=LORA_HELP, metavar="FILE[:strength]")] = None,
     lora_dir: Annotated[
         list[Path] | None, typer.Option(help="Where <lora:name> looks for files. (default loras and runs)")
@@ -34,7 +38,7 @@ def generate(
     negative: Annotated[str, typer.Option(help="What to keep out of the pictures.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of a prompt's first picture; the next add 1.", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="Sampler steps.", min=1)] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.", min=0)] = 7.0,
+    guidance: Annotated[float | None, typer.Option(help=GUIDANCE_HELP, min=0)] = None,
     sampler: Annotated[str, typer.Option(help="Sampler, by A1111's name.")] = "DPM++ 2M",
     width: Annotated[int | None, typer.Option(help="Pixels; without it, the base's own size.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; without it, the base's own size.")] = None,
@@ -54,13 +58,15 @@ def generate(
     from studio.families.loading import load_base
 
     folders = [folder for folder in lora_dir or DEFAULT_LORA_DIRS if folder.is_dir()]
+    if guidance is None:
+        guidance = 3.0 if model == "builtin" else 7.0
     jobs = []
     for prompt in prompts:
         text, wanted = wanted_loras(prompt, lora or [], folders)
         request = GenerateRequest(text, negative, seed, steps, guidance, sampler, width, height, clip_skip, batch)
         jobs.append((request, wanted))
     device = best_device()
-    family, models = load_base(model, precision_dtype(precision, device), model_config)
+    family, models = load_base(model, precision_dtype(precision, device), model_config, prediction_type)
     for part in models.parts.values():
         part.to(device)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,8 @@ def _draw(
     with loras(family, models, wanted) as applied, show_steps(request.prompt) as progress:
         for index, image in enumerate(draw(family, models, request, progress)):
             file = _unused(folder, request.prompt, request.seed + index)
-            save_png(image, file, request, applied, index, Path(models.source).stem)
+            base = Path(models.source).name.removesuffix(".safetensors")  # a hub id may end in "-1.0"
+            save_png(image, file, request, applied, index, base)
             acted = [{"name": one.name, "strength": one.strength, "layers": one.layers} for one in applied]
             made.append({"file": file, "prompt": request.prompt, "seed": request.seed + index, "loras": acted})
     return made

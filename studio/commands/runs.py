@@ -14,7 +14,7 @@ from studio.errors import ConfigError, nearest
 from studio.runs import RunView, list_runs, look
 from studio.terminal import console, emit
 
-app = typer.Typer(help="List, show and stop runs.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, show and stop runs; alone, list them.", rich_markup_mode=None)
 
 OutputDir = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 Name = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its folder, or `last`.")]
@@ -28,8 +28,16 @@ def find(name: str, output_dir: Path) -> Path:
     if name == "last" and known:
         return (output_dir / known[-1]).resolve()
     if name not in known:
-        raise ConfigError(f"there is no run '{name}' in '{output_dir}'.{nearest(name, known)}")
+        newest = ", ".join(reversed(known[-3:]))
+        hint = f"{nearest(name, ['last', *known])} The newest are: {newest}." if known else " It holds none."
+        raise ConfigError(f"there is no run '{name}' in '{output_dir}'.{hint}")
     return (output_dir / name).resolve()
+
+
+@app.callback(invoke_without_command=True)
+def _list_alone(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_()
 
 
 @app.command("list")

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from studio.commands.flags import Json, with_flags
-from studio.config import TrainSDConfig
+from studio.commands.flags import Json, settings_help, with_flags
+from studio.config import TrainSDConfig, check_trackers
 from studio.errors import ConfigError, DatasetError
 from studio.runs import Run
-from studio.settings import load, resolve
+from studio.settings import load, presets, resolve
 from studio.terminal import emit
 
 if TYPE_CHECKING:
@@ -38,12 +38,19 @@ FLAGS = {
     "train_text_encoder": "adapter.train_text_encoder",
     "format": "output.format",
 }
+PRESET_HELP = f"Settings below all others: {', '.join(presets())}, or a file."
+
+
+def _list_settings(wanted: bool) -> None:
+    if wanted:
+        typer.echo(settings_help(TrainSDConfig))
+        raise typer.Exit
 
 
 @with_flags(TrainSDConfig, FLAGS)
 def train_sd(
     settings: dict[str, Any],
-    preset: Annotated[str | None, typer.Option(help="Settings below all others: a shipped name, or a file.")] = None,
+    preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
     config: Annotated[Path | None, typer.Option(help="Settings from a .yaml, .toml or .json file.")] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting: GROUP.KEY=VALUE.", metavar="KEY=VALUE")
@@ -51,12 +58,15 @@ def train_sd(
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder with its own settings.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, exit.")] = False,
     as_json: Json = False,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", help="List every setting and exit.", is_eager=True, callback=_list_settings)
+    ] = False,
 ) -> None:
     """Train a LoRA for Stable Diffusion or SDXL.
 
     Without flags, it trains the demo on the built-in base. Later wins: defaults, preset, config file,
     flags and --set. The defaults are for full-size models; the built-in base has its own preset,
-    builtin-style.
+    builtin-style. --help-all lists every setting that --set, presets and config files take.
     """
     if resume and (preset or config or sets or any(value is not None for value in settings.values())):
         raise ConfigError("--resume continues a run with its own settings: give no others, or start a new run")
@@ -64,6 +74,7 @@ def train_sd(
         chosen = load(TrainSDConfig, Run.open(resume).config_file)
     else:
         chosen = resolve(TrainSDConfig, preset, config, settings, sets or ())
+    check_trackers(chosen.output.trackers)
     if dry_run:
         from trainers import sd
 

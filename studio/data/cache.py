@@ -46,9 +46,9 @@ class TensorCache:
             raise ValueError(f"not a cache key: {key!r}")
         return self.folder / key[:2] / key[2:4] / f"{key}.safetensors"
 
-    def get(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The entry of `key`, computed and kept if it is missing or damaged. Tensors are on the CPU, the same
-        bits whether computed or read. Raises StudioError when the entry cannot be written."""
+    def get(self, key: str, compute: Callable[[], dict[str, Tensor]], keep: bool = True) -> dict[str, Tensor]:
+        """The entry of `key`, computed if it is missing or damaged, and then kept where `keep`. Tensors are on
+        the CPU, the same bits whether computed or read. Raises StudioError when the entry cannot be written."""
         path = self.path(key)
         try:
             return load(path.read_bytes())
@@ -57,7 +57,8 @@ class TensorCache:
         except (SafetensorError, OSError) as error:
             log.warning("cache entry %s is damaged (%s): computing it again", path, error)
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()})
-        self._write(path, data)
+        if keep:
+            self._write(path, data)
         return load(data)
 
     def _write(self, path: Path, data: bytes) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from studio.diffusion.prompts import encode_prompts, extract_loras
 from studio.diffusion.samplers import check_sampler, make_scheduler
 from studio.errors import ConfigError
-from studio.families.base import Conditioning, DiffusionFamily, Models
+from studio.families.base import Conditioning, DiffusionFamily, Models, vae_factor
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,11 +78,6 @@ def generate(
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
     latents = _denoise(family, models, request, noise, conditioning, generators, (width, height), progress)
     return [_image(pixels) for pixels in family.decode(models, latents)]
-
-
-def vae_factor(models: Models) -> int:
-    """Pixels per latent, in each direction."""
-    return 2 ** (len(models.parts["vae"].config.block_out_channels) - 1)
 
 
 def picture_size(models: Models, request: GenerateRequest) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def _find(name: str, given: Sequence[str], folders: Sequence[Path]) -> str:
     found = [source for source in given if lora_name(source) == name]
     found = found or [str(path) for path in files if path.stem == name]
     if len(found) > 1:
-        raise ConfigError(f"LoRA '{name}' in the prompt could be any of: {', '.join(found)}")
+        raise ConfigError(f"LoRA '{name}' in the prompt could be any of: {', '.join(found)}. Give the file with --lora")
     if not found:
         places = ", ".join(map(str, folders)) or "no folder"
         suggestion = nearest(name, {*map(lora_name, given), *(path.stem for path in files)})
@@ -109,6 +109,8 @@ def loras(family: DiffusionFamily, models: Models, wanted: Sequence[tuple[str, f
 
 def _apply(family: DiffusionFamily, models: Models, source: str, strength: float) -> AppliedLora:
     state = read_adapter(source)
+    if state.family != family.name:
+        raise ConfigError(f"{source}: the file is for {state.family}, the base is {family.name}")
     try:
         adapters = attach_adapters(family.prefixes(models), state.method, state.tensors, strength)
     except ConfigError as problem:

@@ -1,8 +1,8 @@
 """Prompts with weights, and of any length, turned into conditioning.
 
 The syntax is A1111's: `(word)` raises attention by 1.1, `(word:1.3)` sets it, `[word]` lowers it by
-1.1, brackets nest, a backslash makes a bracket literal, BREAK starts a new chunk of tokens, and
-`<lora:name:0.8>` names a LoRA.
+1.1, brackets nest, BREAK starts a new chunk of tokens, and `<lora:name:0.8>` names a LoRA. A backslash
+before any of them makes it plain text.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Span = tuple[str, float]
 """A piece of text and its weight."""
 WeightedTokens = list[tuple[int, float]]
 
-_TAG = re.compile(r"<(\w+):([^<>]+)>")
+_TAG = re.compile(r"\\.|<(\w+):([^<>]+)>", re.DOTALL)  # or an escaped sign, which begins no tag
 _PIECES = re.compile(
-    r"\\(?P<literal>[\\()\[\]])"
+    r"\\(?P<literal>[\\()\[\]<]|BREAK\b)"
     r"|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)"
     r"|(?P<bracket>[()\[\]])"
     r"|\s*\b(?P<break>BREAK)\b\s*"
@@ -89,6 +89,8 @@ def extract_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
     """
     named = []
     for kind, content in _TAG.findall(prompt):
+        if not kind:
+            continue
         if kind != "lora":
             raise ConfigError(f"<{kind}:{content}> in the prompt: only <lora:name:strength> is understood")
         name, *strengths = content.split(":")
@@ -96,7 +98,12 @@ def extract_loras(prompt: str) -> tuple[str, list[tuple[str, float]]]:
         if not name.strip() or strength is None or len(strengths) > 1:
             raise ConfigError(f"<lora:{content}> in the prompt: write <lora:name:0.8>, one number after the name")
         named.append((name.strip(), strength))
-    return _TAG.sub("", prompt).strip(), named
+    return _TAG.sub(lambda match: "" if match[1] else match[0], prompt).strip(), named
+
+
+def plain(text: str) -> str:
+    """The prompt that means `text` to the letter, as training reads captions."""
+    return re.sub(r"[\\()\[\]]|\bBREAK\b|<(?=\w+:)", r"\\\g<0>", text)
 
 
 def finite_number(text: str) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -23,6 +23,17 @@ class Models:
     scheduler: dict[str, Any]
     source: str
     info: dict[str, Any] = field(default_factory=dict)
+
+
+def vae_factor(models: Models) -> int:
+    """Pixels per latent, in each direction."""
+    return 2 ** (len(models.parts["vae"].config.block_out_channels) - 1)
+
+
+def latent_statistics(models: Models) -> tuple[float, float]:
+    """(shift, scale) between the VAE's latents and those that the denoiser sees: (z - shift) * scale."""
+    config = models.parts["vae"].config
+    return config.get("shift_factor") or 0.0, config.get("scaling_factor", 0.18215)
 
 
 @dataclass(frozen=True)
@@ -82,9 +93,10 @@ class DiffusionFamily(ModelFamily):
         """
         raise NotImplementedError
 
-    def encode_prompt(self, models: Models, prompts: list[str], clip_skip: int = 0) -> Conditioning:
-        """Encodes plain prompts, cut at the tokenizer's length. Gradients flow into text encoders."""
-        tokens = {
+    def tokenize(self, models: Models, prompts: list[str]) -> dict[str, Tensor]:
+        """Token ids (B, T) of plain prompts by the name of their text encoder, cut at and filled up to
+        the tokenizer's length T."""
+        return {
             name: tokenizer(
                 prompts,
                 padding="max_length",
@@ -94,7 +106,22 @@ class DiffusionFamily(ModelFamily):
             ).input_ids
             for name, tokenizer in models.tokenizers.items()
         }
-        return self.encode_tokens(models, tokens, clip_skip)
+
+    def too_long(self, models: Models, captions: Iterable[str]) -> list[str]:
+        """The captions that `tokenize` cuts, in their order: more tokens than a tokenizer's length, with
+        its start and end token."""
+        return [
+            caption
+            for caption in captions
+            if any(
+                len(tokenizer(caption, verbose=False).input_ids) > tokenizer.model_max_length
+                for tokenizer in models.tokenizers.values()
+            )
+        ]
+
+    def encode_prompt(self, models: Models, prompts: list[str], clip_skip: int = 0) -> Conditioning:
+        """Encodes plain prompts, cut at the tokenizer's length. Gradients flow into text encoders."""
+        return self.encode_tokens(models, self.tokenize(models, prompts), clip_skip)
 
     def denoise(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +13,23 @@ from safetensors import SafetensorError, safe_open
 
 from studio.errors import ConfigError
 from studio.families.base import FAMILIES, DiffusionFamily, Models
+from studio.hub import hub_reason, load_errors
 from studio.paths import assets
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# what diffusers and the hub raise for a part that is not there, or damaged
-LOAD_ERRORS = (OSError, ValueError, SafetensorError)
-
 
 def load_base(
-    source: str, dtype: torch.dtype = torch.float32, config: str | None = None
+    source: str, dtype: torch.dtype = torch.float32, config: str | None = None, prediction_type: str = "auto"
 ) -> tuple[DiffusionFamily, Models]:
     """The family of a base and its models, on the CPU, in eval mode, without gradients.
 
     `source` is "builtin", a hub id, a diffusers folder or a `.safetensors` checkpoint; `config` is a
-    diffusers folder that lends a single file its configurations and tokenizers. Raises ConfigError
-    for a base that is not there, that is damaged, or that no family knows.
+    diffusers folder that lends a single file its configurations and tokenizers. `prediction_type`
+    ("epsilon" or "v_prediction") replaces the base's own, which a single file does not say: diffusers
+    takes every Stable Diffusion 2 file for "v_prediction", every SDXL file for "epsilon". Raises
+    ConfigError for a base that is not there, that is damaged, or that no family knows.
     """
     place = str(assets() / "base") if source == "builtin" else source
     if source == "builtin" and not Path(place).is_dir():
@@ -36,8 +37,23 @@ def load_base(
     family = FAMILIES[family_of(place)]
     assert isinstance(family, DiffusionFamily)
     models = family.load(place, dtype, config)
+    _check(family, models, source)
     models.source = source
+    if prediction_type != "auto":
+        models.scheduler["prediction_type"] = prediction_type
     return family, models
+
+
+def _check(family: DiffusionFamily, models: Models, source: str) -> None:
+    """Refuses pipelines of the family's classes that do something else: a refiner, inpainting, upscaling, ..."""
+    if missing := [name for name in family.components if name not in models.parts]:
+        raise ConfigError(f"{source} has no {' and no '.join(missing)}: such variants are not supported yet")
+    takes, given = models.parts["unet"].config.in_channels, models.parts["vae"].config.latent_channels
+    if takes != given:
+        raise ConfigError(
+            f"the U-Net of {source} takes {takes} channels where the VAE's latents have {given}: "
+            "inpainting and other variants are not supported yet. Give a text-to-image base."
+        )
 
 
 def family_of(source: str) -> str:
@@ -71,15 +87,14 @@ def _pipeline_config(path: Path, source: str) -> dict[str, Any]:
 
     try:
         return dict(DiffusionPipeline.load_config(source))
-    except LOAD_ERRORS as problem:
+    except load_errors() as problem:
         raise ConfigError(_not_on_hub(source, problem)) from problem
 
 
 def _not_on_hub(source: str, problem: Exception) -> str:
-    reason = str(problem).strip().splitlines()[0]
     return (
-        f"the model '{source}' is neither a folder here ({Path(source).absolute()}) nor could it be had from the "
-        f"hub: {reason} Check the name and the connection, or give a local folder."
+        f"the model '{source}' is not a folder here ({Path(source).absolute()}), and the hub did not give it: "
+        f"{hub_reason(problem)} Check the name, or give a local folder."
     )
 
 
@@ -111,18 +126,27 @@ def load_pipeline(
         if Path(source).is_file():
             pipeline = pipeline_class.from_single_file(source, config=config, **options)
         else:
-            pipeline = pipeline_class.from_pretrained(source, **options)
-    except LOAD_ERRORS as problem:
+            pipeline = _from_pretrained(pipeline_class, source, options)
+    except load_errors() as problem:
         raise ConfigError(_cannot_load(source, config, problem)) from problem
     return _models(pipeline, source, dtype)
 
 
+def _from_pretrained(pipeline_class: Any, source: str, options: dict[str, Any]) -> DiffusionPipeline:
+    """A folder, or a hub id; the hub's files of half the size where they are precise enough."""
+    if options["dtype"] != torch.float32 and not Path(source).exists():
+        with suppress(ValueError):  # the repository has none
+            return pipeline_class.from_pretrained(source, variant="fp16", **options)
+    return pipeline_class.from_pretrained(source, **options)
+
+
 def _cannot_load(source: str, config: str | None, problem: Exception) -> str:
-    reason = str(problem).strip().splitlines()[0]
+    reason = hub_reason(problem)
     if Path(source).is_file() and config is None:
         return (
             f"{source} cannot be loaded: {reason} A single file holds no tokenizer, which comes from the hub the "
-            "first time: connect once, or name a local diffusers folder of the same architecture as its config."
+            "first time: connect once, or name a local diffusers folder of the same architecture as its config, "
+            "with --set model.config=DIR (train) or --model-config DIR (generate)."
         )
     if Path(source).exists():
         return f"{source} cannot be loaded: {reason}"
@@ -135,6 +159,7 @@ def _models(pipeline: DiffusionPipeline, source: str, dtype: torch.dtype) -> Mod
         part.requires_grad_(False).eval()
     if dtype == torch.float16 and parts["vae"].config.get("force_upcast"):
         parts["vae"].float()  # SDXL's VAE overflows in fp16
+    parts["vae"].enable_slicing()  # one picture at a time: a batch of them would fill the memory
     info = {"force_zeros_for_empty_prompt": pipeline.config.get("force_zeros_for_empty_prompt", False)}
     return Models(parts, dict(_tokenizers(pipeline)), dict(pipeline.scheduler.config), source, info)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.adapters.inject import Roles
-from studio.families.base import FAMILIES, Conditioning, DiffusionFamily, Models
+from studio.families.base import FAMILIES, Conditioning, DiffusionFamily, Models, latent_statistics
 from studio.families.loading import load_pipeline
 
 UNET_ROLES: Roles = {
@@ -69,7 +69,7 @@ class StableDiffusion(DiffusionFamily):
         vae = models.parts["vae"]
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
-        shift, scale = latent_statistics(vae.config)
+        shift, scale = latent_statistics(models)
         return (latents - shift) * scale
 
     def encode_tokens(self, models: Models, tokens: Mapping[str, Tensor], clip_skip: int = 0) -> Conditioning:
@@ -101,13 +101,8 @@ class StableDiffusion(DiffusionFamily):
     @torch.no_grad()
     def decode(self, models: Models, latents: Tensor) -> Tensor:
         vae = models.parts["vae"]
-        shift, scale = latent_statistics(vae.config)
+        shift, scale = latent_statistics(models)
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.clamp(-1, 1)
-
-
-def latent_statistics(config: Mapping[str, Any]) -> tuple[float, float]:
-    """(shift, scale) between the VAE's latents and those that the U-Net sees: (z - shift) * scale."""
-    return config.get("shift_factor") or 0.0, config.get("scaling_factor", 0.18215)
 
 
 def meta_models(unet: Mapping[str, Any], encoders: Mapping[str, tuple[str, Mapping[str, Any]]], name: str) -> Models:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from studio.families.base import FAMILIES, Conditioning, Models
+from studio.families.base import FAMILIES, Conditioning, Models, vae_factor
 from studio.families.sd import CLIP_L, StableDiffusion, meta_models
 
 SDXL_UNET = {
@@ -61,8 +61,7 @@ class StableDiffusionXL(StableDiffusion):
     ) -> dict[str, Tensor]:
         """`sizes` (B, 6) defaults to an uncropped picture of the latents' own size."""
         if sizes is None:
-            factor = 2 ** (len(models.parts["vae"].config.block_out_channels) - 1)
-            height, width = (side * factor for side in noisy_latents.shape[-2:])
+            height, width = (side * vae_factor(models) for side in noisy_latents.shape[-2:])
             sizes = torch.tensor([[height, width, 0, 0, height, width]]).expand(len(noisy_latents), 6)
         assert conditioning.pooled is not None, "SDXL needs pooled text"
         return {

@@ -11,7 +11,8 @@ from types import ModuleType
 
 from studio.errors import ConfigError, nearest
 from studio.formats import diffusers, kohya, peft
-from studio.formats.files import load_keys, locate
+from studio.formats.files import load_keys
+from studio.formats.hub import locate
 from studio.formats.state import AdapterState
 
 FORMATS: dict[str, ModuleType] = {"kohya": kohya, "diffusers": diffusers, "peft": peft}

@@ -218,7 +218,7 @@ def _spellings(layers: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _diffusers_from_kohya(file: File, base: Base) -> set[str]:
     if not all(key.endswith((*_KOHYA_PAIR, ".alpha", ".dora_scale")) for key in file.shapes):
         return set()  # "keys have not been correctly renamed"
-    is_mixed = len({bool(LDM_BLOCK.search(key)) for key in file.shapes if UNET_BLOCK.search(key)}) > 1
+    is_mixed = len({bool(_LDM_BLOCK.search(key)) for key in file.shapes if _UNET_BLOCK.search(key)}) > 1
     # block names of LDM are translated for SDXL only, and left out where diffusers' stand beside them
     modules = _flat("lora_unet_", base.unet)
     if base.is_xl and not is_mixed:
@@ -230,8 +230,8 @@ def _diffusers_from_kohya(file: File, base: Base) -> set[str]:
     return _applied(file, modules, _KOHYA_PAIR) - _dora_scales(file) - _misread_alphas(file)
 
 
-LDM_BLOCK = re.compile("input_blocks|middle_block|output_blocks")
-UNET_BLOCK = re.compile("input_blocks|middle_block|output_blocks|down_blocks|mid_block|up_blocks")
+_LDM_BLOCK = re.compile("input_blocks|middle_block|output_blocks")
+_UNET_BLOCK = re.compile("input_blocks|middle_block|output_blocks|down_blocks|mid_block|up_blocks")
 
 
 def _misread_alphas(file: File) -> set[str]:

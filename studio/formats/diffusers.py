@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from studio.errors import ConfigError
-from studio.families import FAMILIES
 from studio.families.keys import known_layer
 from studio.formats.files import load_tensors, save_tensors
 from studio.formats.metadata import with_hashes
 from studio.formats.peft import COMPONENTS, alpha_of, by_component, lora_config
+from studio.formats.peft import has_name as has_name  # both write dotted names of the same layers
 from studio.formats.reading import ALPHA, DOWN, UP, lora_state, unknown_keys
 from studio.formats.state import AdapterState
 
@@ -28,11 +28,6 @@ _KEY = re.compile(
     rf"(?P<component>{'|'.join(COMPONENTS)})\.(?P<path>.+)"
     r"\.(?P<suffix>(lora|lora_linear_layer)\.(down|up)|lora_[AB])\.weight"
 )
-
-
-def has_name(name: str, family: str) -> bool:
-    """Whether the format can hold this layer of this family."""
-    return known_layer(name) and name.partition(".")[0] in FAMILIES[family].components
 
 
 def recognises(keys: Iterable[str]) -> bool:

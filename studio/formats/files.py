@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files, and finding them: in a folder or on the hub."""
+"""Reading and writing safetensors files."""
 
 from __future__ import annotations
 
@@ -45,33 +45,3 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     partial = path.with_name(path.name + ".partial")
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, dict(metadata))
     os.replace(partial, path)
-
-
-def locate(source: str | Path) -> Path:
-    """The local path of a file, a folder or a hub id ("user/name" or "user/name/file.safetensors").
-
-    Raises ConfigError where there is none.
-    """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    parts = str(source).split("/")
-    if len(parts) < 2 or not all(parts) or parts[0].startswith((".", "~")) or (len(parts) > 2 and not path.suffix):
-        raise ConfigError(
-            f"there is no adapter at {path.absolute()}; give a .safetensors file, a folder, or a hub id (user/name)"
-        )
-    return _from_hub("/".join(parts[:2]), "/".join(parts[2:]), path)
-
-
-def _from_hub(repo: str, file: str, tried: Path) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
-
-    try:
-        if file:
-            return Path(hf_hub_download(repo, file))
-        return Path(snapshot_download(repo, allow_patterns=["*.safetensors", "*adapter_config.json"]))
-    except (OSError, ValueError) as problem:
-        reason = str(problem).strip().splitlines()[0]
-        raise ConfigError(
-            f"there is no adapter at {tried.absolute()}, and the hub did not give '{repo}': {reason}"
-        ) from problem

@@ -25,7 +25,7 @@ PREFIXES = {
 }
 _COMPONENTS = {prefix: component for family in PREFIXES.values() for component, prefix in family.items()}
 _LDM = LDMNames(SDXL_UNET)
-LDM_BLOCK = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed_|label_emb|out_)")
+_LDM_MODULE = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed_|label_emb|out_)")
 
 
 def recognises(keys: Iterable[str]) -> bool:
@@ -86,7 +86,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: s
             named[name, suffix] = tensor
     if unknown:
         raise unknown_keys(unknown, len(tensors), source)
-    of_xl = any(key.startswith(("lora_te1_", "lora_te2_")) or LDM_BLOCK.match(key) for key in tensors)
+    of_xl = any(key.startswith(("lora_te1_", "lora_te2_")) or _LDM_MODULE.match(key) for key in tensors)
     return lora_state(named, metadata, source, "sdxl" if of_xl else None)
 
 
