@@ -78,14 +78,28 @@ def test_one_denoising_step_is_the_pipelines(case):
 def test_pictures_go_to_scaled_latents_and_back(case):
     family, models, pipeline = case
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    posterior = pipeline.vae.encode(pixels).latent_dist
     scale = pipeline.vae.config.scaling_factor
     latents = family.encode_image(models, pixels)
-    assert torch.equal(latents, posterior.mode() * scale)
+    expected = [pipeline.vae.encode(one).latent_dist.mode() * scale for one in pixels.split(1)]
+    assert torch.equal(latents, torch.cat(expected))
     sampled = [family.encode_image(models, pixels, torch.Generator().manual_seed(2)) for _ in range(2)]
     assert torch.equal(*sampled) and not torch.equal(sampled[0], latents)
     decoded = family.decode(models, latents)
-    assert torch.equal(decoded, pipeline.vae.decode(latents / scale).sample.clamp(-1, 1))
+    expected = [pipeline.vae.decode(one / scale).sample.clamp(-1, 1) for one in latents.split(1)]
+    assert torch.equal(decoded, torch.cat(expected))
+
+
+def test_the_vae_takes_pictures_one_by_one_to_the_same_result(case):
+    family, models, pipeline = case
+    pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    at_once = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+    sizes = []
+    encoder = models.parts["vae"].encoder
+    with encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0]))):
+        assert (family.encode_image(models, pixels) - at_once).abs().max() <= 1e-5
+    assert sizes == [1, 1, 1]
+    at_once_decoded = pipeline.vae.decode(at_once / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
+    assert (family.decode(models, at_once) - at_once_decoded).abs().max() <= 1e-5
 
 
 def test_text_encoders_get_gradients(case):

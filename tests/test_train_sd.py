@@ -170,7 +170,7 @@ def test_accumulated_batches_weigh_every_sample_alike(pictures: Path, tmp_path: 
     """An epoch of five pictures in batches of 2 ends with a short one; its sample must not count double."""
     from trainers.loop import Batches
 
-    task = sd.build_task(config(pictures, tmp_path, adapter={"train_text_encoder": False}), torch.device("cpu"))
+    task = sd.build_task(config(pictures, tmp_path), torch.device("cpu"))
     for processes in (1, 2, 3):
         settings = config(pictures, tmp_path, train={"gradient_accumulation": 3}).train
         shares = [Batches(task, settings, process, processes).of_step(0) for process in range(processes)]

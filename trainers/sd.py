@@ -47,12 +47,12 @@ def build_task(config: TrainSDConfig, device: torch.device | None = None) -> Dif
     device = device or best_device()
     images = scan_folder(Path(config.data.folder))
     dtype = precision_dtype(config.model.precision, device)
-    family, models = load_base(
-        config.model.source, dtype, config.model.config or None, config.model.prediction_type
-    )
+    family, models = load_base(config.model.source, dtype, config.model.config or None, config.model.prediction_type)
     cut = family.too_long(models, [item.caption for item in images.items])
     if cut:
-        log.warning("%d captions are longer than the text encoder reads; their ends are lost, such as: %s", len(cut), cut[0])
+        log.warning(
+            "%d captions are longer than the text encoder reads; their ends are lost, such as: %s", len(cut), cut[0]
+        )
     return DiffusionTask(config, family, models, images).to(device)
 
 

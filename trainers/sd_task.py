@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,9 @@ class DiffusionTask(Task[Sample]):
         self.buckets = assign_buckets(images.items, data.resolution, data.bucket_step, data.max_aspect)
         self.objective = Objective(models.scheduler)
         self.parts = nn.ModuleDict(models.parts).requires_grad_(False).eval()
-        self.adapters = inject(family.prefixes(models), adapter_plan(config, family, models), family.roles, config.train.seed)
+        self.adapters = inject(
+            family.prefixes(models), adapter_plan(config, family, models), family.roles, config.train.seed
+        )
         check_names(self.adapters.names, family.name, config.output.format)
         self.trains_text = any(not name.startswith("unet.") for name in self.adapters.names)
         cache = TensorCache(paths.cache())

@@ -1,4 +1,4 @@
-"""The demo dataset: 28 captioned pictures of a clearly other style, Fluent emoji high contrast."""
+"""The demo dataset: 32 captioned pictures of a clearly other style, Fluent emoji high contrast."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from assets.build.pictures import fluent
 
 SIDE = 128  # twice the base's size, so that a person can look at them too
 SUBJECTS = (
-    "alien", "backpack", "balloon", "banana", "bomb", "cactus", "castle",
-    "crescent moon", "crown", "doughnut", "elephant", "evergreen tree", "ferris wheel", "ghost",
-    "grinning face", "hot dog", "house", "light bulb", "megaphone", "rose", "skull",
-    "snail", "strawberry", "thumbs up", "tiger face", "trophy", "turtle", "volcano",
+    "alien monster", "bear", "bellhop bell", "camera", "chess pawn", "construction worker", "crab", "cupcake",
+    "deciduous tree", "ferry", "graduation cap", "headphone", "joystick", "kangaroo", "lipstick", "lobster",
+    "lollipop", "motorcycle", "person biking", "popcorn", "racing car", "sandwich", "snowflake", "spider",
+    "star", "teapot", "telephone receiver", "tent", "trolleybus", "turkey", "water buffalo", "watermelon",
 )  # fmt: skip
+"""Subjects whose outlines agree in both styles: what the LoRA can learn from them is the style alone.
+
+From those with the largest cosine between the two pictures' blurred distances from white. With 28
+subjects taken at random, half as many shapes survived at the same strength of style.
+"""
 
 
 def write_demo_set(folders: dict[str, Path], target: Path) -> None:
