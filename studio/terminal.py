@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +31,20 @@ def emit(result: Any, text: str, as_json: bool) -> None:
         text = json.dumps(to_jsonable_python(result), ensure_ascii=False)
     sys.stdout.write(text.rstrip("\n") + "\n")
     sys.stdout.flush()
+
+
+def program() -> str:
+    """How the user can call the studio again: `studio` where it is on the path, else the file that runs now."""
+    found = shutil.which("studio")
+    called = Path(sys.argv[0])
+    if found or called.stem != "studio":
+        return "studio" if found else f"{Path(sys.executable).name} -m studio"
+    return str(short(called))
+
+
+def short(path: Path) -> Path:
+    """Relative to the current folder where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def say_error(message: str) -> None:

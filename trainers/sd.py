@@ -17,6 +17,7 @@ from studio.diffusion.sheets import loss_plot
 from studio.families.loading import load_base
 from studio.formats.consumers import ConsumerReport, check_file
 from studio.runs import Run
+from studio.terminal import program, short
 from trainers.loop import fit
 from trainers.sd_plan import Plan, make_plan
 from trainers.sd_task import DiffusionTask
@@ -75,7 +76,9 @@ def train(config: TrainSDConfig, run: Run) -> TrainResult:
     step = fit(task, run, accelerator, config.train, config.optimizer, config.schedule)
     accelerator.end_training()
     if step < config.train.steps or not accelerator.is_main_process:
-        return TrainResult(run.folder, None, None, None, [], [f"studio train-sd --resume {run.folder}"])
+        return TrainResult(
+            run.folder, None, None, None, [], [shlex.join([program(), "train-sd", "--resume", str(short(run.folder))])]
+        )
     return _finish(config, run, task, step)
 
 
@@ -102,16 +105,11 @@ def _next_commands(config: TrainSDConfig, run: Run, task: DiffusionTask, file: P
     drawn = ["--steps", str(samples.steps), "--guidance", f"{samples.guidance:g}", "--seed", str(samples.seed)]
     prompt = task.preview_prompts()[0]
     commands = [
-        ["generate", prompt, "--lora", _short(file), *base, *config_of_base, *drawn],
-        ["check", _short(file), *base],
-        ["runs", "show", _short(run.folder)],
+        ["generate", prompt, "--lora", str(short(file)), *base, *config_of_base, *drawn],
+        ["check", str(short(file)), *base],
+        ["runs", "show", str(short(run.folder))],
     ]
-    return [shlex.join(["studio", *command]) for command in commands]
-
-
-def _short(path: Path) -> str:
-    """Relative to the current folder where it lies below it."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return [shlex.join([program(), *command]) for command in commands]
 
 
 def _accelerator(config: TrainSDConfig, run: Run) -> Accelerator:

@@ -15,7 +15,7 @@ from studio.config import TrainSDConfig, check_trackers
 from studio.errors import ConfigError, DatasetError
 from studio.runs import Run
 from studio.settings import load, presets, resolve
-from studio.terminal import emit
+from studio.terminal import emit, short
 
 if TYPE_CHECKING:
     from trainers.sd import TrainResult
@@ -124,15 +124,10 @@ def _same_run_everywhere(make: Callable[[], Run]) -> Run:
 
 def _summary(result: TrainResult, run: Run) -> str:
     if run.status.state == "stopped":
-        resume = f"studio train-sd --resume {run.folder}"
+        (resume,) = result.next_commands
         return f"Stopped and saved at step {run.status.step} of {run.status.total}. Go on with:\n  {resume}"
     made = {"LoRA": result.file, "Before/after": result.sheet, "Loss plot": result.loss_plot, "Run": result.run_folder}
-    lines = [f"{label + ':':<14}{_short(path)}" for label, path in made.items() if path]
+    lines = [f"{label + ':':<14}{short(path)}" for label, path in made.items() if path]
     used = [f"{check.consumer} {check.used}/{check.total}" for check in result.checks]
     lines.append(f"{'Keys used by:':<14}{', '.join(used)}")
     return "\n".join([*lines, "Next:", *(f"  {command}" for command in result.next_commands)])
-
-
-def _short(path: Path) -> Path:
-    """Relative to the current folder where it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
