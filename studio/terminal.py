@@ -33,13 +33,12 @@ def emit(result: Any, text: str, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def program() -> str:
-    """How the user can call the studio again: `studio` where it is on the path, else the file that runs now."""
-    found = shutil.which("studio")
+def program() -> list[str]:
+    """How the user can call the studio again: `studio` where it is on the path, else as it was called now."""
     called = Path(sys.argv[0])
-    if found or called.stem != "studio":
-        return "studio" if found else f"{Path(sys.executable).name} -m studio"
-    return str(short(called))
+    if shutil.which("studio"):
+        return ["studio"]
+    return [str(short(called))] if called.stem == "studio" else [Path(sys.executable).name, "-m", "studio"]
 
 
 def short(path: Path) -> Path:

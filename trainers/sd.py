@@ -77,7 +77,7 @@ def train(config: TrainSDConfig, run: Run) -> TrainResult:
     accelerator.end_training()
     if step < config.train.steps or not accelerator.is_main_process:
         return TrainResult(
-            run.folder, None, None, None, [], [shlex.join([program(), "train-sd", "--resume", str(short(run.folder))])]
+            run.folder, None, None, None, [], [shlex.join([*program(), "train-sd", "--resume", str(short(run.folder))])]
         )
     return _finish(config, run, task, step)
 
@@ -109,7 +109,7 @@ def _next_commands(config: TrainSDConfig, run: Run, task: DiffusionTask, file: P
         ["check", str(short(file)), *base],
         ["runs", "show", str(short(run.folder))],
     ]
-    return [shlex.join([program(), *command]) for command in commands]
+    return [shlex.join([*program(), *command]) for command in commands]
 
 
 def _accelerator(config: TrainSDConfig, run: Run) -> Accelerator:
