@@ -197,6 +197,10 @@ class OutputConfig(Group):
     """Services that get the metrics beside the run folder: tensorboard, wandb."""
 
 
+DEMO_PROMPTS = ("dog face", "rocket", "penguin", "guitar", "hamburger", "sunflower", "octopus", "bicycle")
+"""What the demo draws: subjects that are not in its dataset."""
+
+
 class TrainSDConfig(Group):
     """The settings of `studio train-sd`."""
 
@@ -215,13 +219,14 @@ class TrainSDConfig(Group):
     def _data_and_name(cls, values: Any) -> Any:
         """The demo dataset for the built-in base, and a name for the run."""
         groups = {key: _as_dict(value) for key, value in values.items()}
-        data, output = dict(groups.get("data", {})), dict(groups.get("output", {}))
+        data, output, samples = (dict(groups.get(name, {})) for name in ("data", "output", "samples"))
         if not data.get("folder"):
             if not _is_builtin(groups):
                 raise ValueError("there are no pictures to train on: give their folder with --data FOLDER")
             data["folder"] = str(paths.assets() / "demo")
+            samples.setdefault("prompts", list(DEMO_PROMPTS))
         output["name"] = output.get("name") or Path(str(data["folder"])).resolve().name
-        return {**groups, "data": data, "output": output}
+        return {**groups, "data": data, "output": output, "samples": samples}
 
     @model_validator(mode="after")
     def _warmup_ends(self) -> TrainSDConfig:

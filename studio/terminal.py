@@ -33,6 +33,9 @@ def emit(result: Any, text: str, as_json: bool) -> None:
     sys.stdout.flush()
 
 
+BUILTIN_ONLY = "This file fits the built-in base (assets/base), not a published one: for those, train with --model."
+
+
 def program() -> list[str]:
     """How the user can call the studio again: `studio` where it is on the path, else as it was called now."""
     called = Path(sys.argv[0])

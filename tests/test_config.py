@@ -24,7 +24,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
     config = resolve(TrainSDConfig, None, file, flags, ["train.batch_size=9"])
     train = config.train
     assert (train.steps, train.seed, train.batch_size) == (7, 8, 9)
-    assert train.sample_every == 25  # the preset of the built-in base
+    assert train.sample_every == 20  # the preset of the built-in base
     assert train.max_grad_norm == 1.0  # the default
     assert config.adapter.rank == 16
 
@@ -85,7 +85,10 @@ def test_the_preset_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_builtin_base_has_preset_data_and_name(tmp_path: Path) -> None:
     builtin = resolve(TrainSDConfig)
-    assert (builtin.train.steps, builtin.data.resolution, builtin.output.name) == (100, 64, "demo")
+    assert (builtin.train.steps, builtin.data.resolution, builtin.output.name) == (70, 64, "demo")
+    assert "rocket" in builtin.samples.prompts
+    own = resolve(TrainSDConfig, flags={"data.folder": str(tmp_path)})
+    assert (own.train.steps, own.samples.prompts) == (70, []), "own pictures are drawn by their own captions"
     other = resolve(TrainSDConfig, flags={"model.source": "a/b", "data.folder": str(tmp_path)})
     assert (other.train.steps, other.data.resolution, other.output.name) == (1500, 512, tmp_path.name)
 

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from studio.data.buckets import bucket_report
-from trainers.sd_task import DiffusionTask
+from trainers.sd_task import DiffusionTask, Sample
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
                 f"Layers:  {layers}",
                 f"Adapter: {adapters}; {self.parameters:,} parameters, file of {_size(self.file_bytes)}",
                 f"Steps:   {self.steps}, which is {self.epochs:.1f} epochs",
-                f"Time:    about {minutes} min {seconds:02d} s of training on {self.device} (one step measured)",
+                f"Time:    about {minutes} min {seconds:02d} s on {self.device} by one measured step, without samples",
                 f"Memory:  {_size(self.memory_bytes)} at the peak of that step",
             ]
         )
@@ -53,9 +53,10 @@ class Plan:
 def make_plan(task: DiffusionTask) -> Plan:
     """Counts everything, and trains one step (which is thrown away) to measure time and memory."""
     train = task.config.train
-    per_step = train.batch_size * train.gradient_accumulation
     epoch = task.batches(0, train.batch_size)
-    seconds, memory = _measure(task, epoch[0])
+    largest = max(epoch, key=_pixels)
+    seconds, memory = _measure(task, largest)
+    seconds *= sum(map(_pixels, epoch)) / len(epoch) / _pixels(largest)  # the mean batch, by its size
     parameters = sum(parameter.numel() for parameter in task.adapters.parameters())
     settings = Counter(
         f"{adapter.method} rank {adapter.config.rank} alpha {adapter.config.scale * adapter.config.rank:g}"
@@ -67,7 +68,7 @@ def make_plan(task: DiffusionTask) -> Plan:
         pictures=len(task.images.items),
         left_out=len(task.images.left_out),
         steps=train.steps,
-        epochs=train.steps * per_step / sum(map(len, epoch)),
+        epochs=train.steps * train.gradient_accumulation / len(epoch),
         layers=_by_role(task),
         adapters=dict(settings),
         parameters=parameters,
@@ -91,7 +92,13 @@ def _by_role(task: DiffusionTask) -> dict[str, int]:
     return dict(counts)
 
 
-def _measure(task: DiffusionTask, batch: list) -> tuple[float, int]:
+def _pixels(batch: list[Sample]) -> int:
+    """Pixels of a whole batch: what time and memory grow with."""
+    width, height = batch[0].size
+    return len(batch) * width * height
+
+
+def _measure(task: DiffusionTask, batch: list[Sample]) -> tuple[float, int]:
     """(seconds, peak bytes) of one forward and backward pass; the first, which warms up, is not counted."""
     task.check(batch)
     task.adapters.train()

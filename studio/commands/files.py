@@ -11,11 +11,14 @@ import typer
 
 from studio.commands.flags import Json
 from studio.errors import ConfigError, StudioError
-from studio.terminal import emit
+from studio.terminal import BUILTIN_ONLY, emit
 
 FILE_HELP = "A .safetensors file, a peft or diffusers folder, or a hub id."
 MODEL_HELP = "The base it is for; without it, the one it was trained on, or the family's published one."
 File = Annotated[str, typer.Argument(metavar="FILE", help=FILE_HELP)]
+
+
+SHOWN = 5  # keys a report names before it counts the rest
 
 
 def check(
@@ -40,7 +43,11 @@ def check(
     lines = []
     for report in reports:
         lines.append(f"{report.consumer:<18}uses {report.used} of {report.total} keys")
-        lines += [f"  not used: {key}" for key in report.unused]
+        lines += [f"  not used: {key}" for key in report.unused[:SHOWN]]
+        if len(report.unused) > SHOWN:
+            lines.append(f"  and {len(report.unused) - SHOWN} more (--json lists all)")
+    if base == "builtin":
+        lines.append(BUILTIN_ONLY)
     emit({"file": file, "family": state.family, "consumers": reports}, "\n".join(lines), as_json)
     if all(report.unused for report in reports):
         raise typer.Exit(StudioError.exit_code)
@@ -67,15 +74,24 @@ def _line(value: Any) -> str:
     return ", ".join(f"{key} ({count})" for key, count in value.items()) if isinstance(value, dict) else str(value)
 
 
+OUTPUT_HELP = "The new file, or folder for peft. (default NAME-LAYOUT in the current folder)"
+
+
+def _default_output(source: str, layout: str) -> Path:
+    """Where `convert` writes when no output is named: `demo.safetensors` as `demo-diffusers.safetensors`."""
+    return Path(f"{Path(source).name.removesuffix('.safetensors')}-{layout}")
+
+
 def convert(
     file: File,
     to: Annotated[Literal["kohya", "diffusers", "peft"], typer.Option(help="The layout to write.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new file, or folder for peft.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help=OUTPUT_HELP)] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter in another layout; the source stays as it is."""
     from studio.formats import read_adapter, write_adapter
 
+    output = output or _default_output(file, to)
     target = output if to == "peft" else output.with_name(output.name.removesuffix(".safetensors") + ".safetensors")
     if target.exists():
         raise ConfigError(f"'{target}' exists already: choose another name, or remove it first")

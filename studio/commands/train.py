@@ -15,7 +15,7 @@ from studio.config import TrainSDConfig, check_trackers
 from studio.errors import ConfigError, DatasetError
 from studio.runs import Run
 from studio.settings import load, presets, resolve
-from studio.terminal import emit, short
+from studio.terminal import BUILTIN_ONLY, emit, short
 
 if TYPE_CHECKING:
     from trainers.sd import TrainResult
@@ -130,4 +130,6 @@ def _summary(result: TrainResult, run: Run) -> str:
     lines = [f"{label + ':':<14}{short(path)}" for label, path in made.items() if path]
     used = [f"{check.consumer} {check.used}/{check.total}" for check in result.checks]
     lines.append(f"{'Keys used by:':<14}{', '.join(used)}")
+    if load(TrainSDConfig, run.config_file).model.source == "builtin":
+        lines.append(BUILTIN_ONLY)
     return "\n".join([*lines, "Next:", *(f"  {command}" for command in result.next_commands)])
