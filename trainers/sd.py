@@ -123,7 +123,6 @@ def _accelerator(config: TrainSDConfig, run: Run) -> Accelerator:
         mixed_precision=precision,
         log_with=list(config.output.trackers) or None,
         project_dir=str(run.folder),
-        # accumulation and division of the loss are the loop's own
         kwargs_handlers=[DistributedDataParallelKwargs()],
         step_scheduler_with_optimizer=False,
     )

@@ -16,7 +16,7 @@ from studio.formats.metadata import as_strings
 def training_metadata(
     config: TrainSDConfig, family: DiffusionFamily, models: Models, images: ImageFolder, step: int
 ) -> dict[str, str]:
-    """safetensors strings; `studio.config` holds every setting, so that the file can be trained again from itself."""
+    """safetensors strings; `studio.config` holds every setting, with names in place of this machine's paths."""
     train, optimizer = config.train, config.optimizer
     folder = images.path.name
     repeats = sum(item.repeats for item in images.items)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -205,8 +204,7 @@ class DiffusionTask(Task[Sample]):
     def state(self, step: int) -> AdapterState:
         """The adapters with the metadata of this run."""
         metadata = training_metadata(self.config, self.family, self.models, self.images, step)
-        settings: dict[str, Any] = self.config.model_dump(mode="json")
-        return AdapterState(self.config.adapter.method, self.family.name, self.adapters.state(), metadata, settings)
+        return AdapterState(self.config.adapter.method, self.family.name, self.adapters.state(), metadata)
 
     def save(self, path: Path, step: int) -> Path:
         return write_adapter(self.state(step), path, self.config.output.format)

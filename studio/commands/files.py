@@ -15,9 +15,8 @@ from studio.terminal import BUILTIN_ONLY, emit
 
 FILE_HELP = "A .safetensors file, a peft or diffusers folder, or a hub id."
 MODEL_HELP = "The base it is for; without it, the one it was trained on, or the family's published one."
+OUTPUT_HELP = "The new file, or folder for peft. (default NAME-LAYOUT in the current folder)"
 File = Annotated[str, typer.Argument(metavar="FILE", help=FILE_HELP)]
-
-
 SHOWN = 5  # keys a report names before it counts the rest
 
 
@@ -72,9 +71,6 @@ def inspect(file: File, as_json: Json = False) -> None:
 def _line(value: Any) -> str:
     """Counts as "16 (64), 8 (2)"."""
     return ", ".join(f"{key} ({count})" for key, count in value.items()) if isinstance(value, dict) else str(value)
-
-
-OUTPUT_HELP = "The new file, or folder for peft. (default NAME-LAYOUT in the current folder)"
 
 
 def _default_output(source: str, layout: str) -> Path:

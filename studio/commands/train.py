@@ -100,7 +100,7 @@ def _train(config: TrainSDConfig, resume: Path | None, as_json: bool) -> None:
         raise
     if run.is_main:
         facts = {"state": run.status.state, "step": run.status.step, **vars(result)}
-        emit(facts, _summary(result, run), as_json)
+        emit(facts, _summary(config, result, run), as_json)
 
 
 def _processes() -> int:
@@ -122,7 +122,7 @@ def _same_run_everywhere(make: Callable[[], Run]) -> Run:
     return run or Run(Path(shared[0]), is_main=False)
 
 
-def _summary(result: TrainResult, run: Run) -> str:
+def _summary(config: TrainSDConfig, result: TrainResult, run: Run) -> str:
     if run.status.state == "stopped":
         (resume,) = result.next_commands
         return f"Stopped and saved at step {run.status.step} of {run.status.total}. Go on with:\n  {resume}"
@@ -130,6 +130,6 @@ def _summary(result: TrainResult, run: Run) -> str:
     lines = [f"{label + ':':<14}{short(path)}" for label, path in made.items() if path]
     used = [f"{check.consumer} {check.used}/{check.total}" for check in result.checks]
     lines.append(f"{'Keys used by:':<14}{', '.join(used)}")
-    if load(TrainSDConfig, run.config_file).model.source == "builtin":
+    if config.model.source == "builtin":
         lines.append(BUILTIN_ONLY)
     return "\n".join([*lines, "Next:", *(f"  {command}" for command in result.next_commands)])
