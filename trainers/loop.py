@@ -77,8 +77,7 @@ def fit(
     state = _TrainingState(task, optimizer, schedule, accelerator)
     step = state.restore(run)
     run.update_status(step=step, total=train.steps, message="training")
-    if step == 0:
-        task.check(batches.of_step(0)[0][0])
+    task.check(batches.of_step(0)[0][0])  # resumed runs too: it also decides which layers read together
     stop = _requests(run, accelerator)[0]
     if not stop and _sample_is_due(step, train):  # also where a run was killed before it had drawn
         _preview(task, run, step, accelerator)
@@ -129,10 +128,10 @@ def _step(
     if max_grad_norm and accelerator.sync_gradients:
         accelerator.clip_grad_norm_(task.adapters.parameters(), max_grad_norm)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     if not accelerator.optimizer_step_was_skipped:
         schedule.step()
-    task.adapters.after_step(step)
+        task.adapters.after_step(step, optimizer)
+    optimizer.zero_grad(set_to_none=True)
     return float(accelerator.reduce(total, "mean"))
 
 

@@ -1,4 +1,4 @@
-"""The adapter contract, and the only place that tells Linear, Conv and Embedding layers apart.
+"""The adapter contract.
 
 A method is defined by `delta_weight`: dW from W. Everything else (forward, merge, blend, export)
 follows from it, and a method overrides `forward` only where an equal path is cheaper.
@@ -7,114 +7,22 @@ follows from it, and a method overrides `forward` only where an equal path is ch
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from studio.adapters.dropout import DropoutMasks
+from studio.adapters.layers import LayerSpec, WeightView
+from studio.adapters.mixed import Rows
 from studio.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """The geometry of one target layer, enough to apply any weight of its shape to an input.
-
-    `weight_shape` is (out, in) for Linear, (out, in / groups, *kernel) for Conv, and
-    (vocabulary, width) for Embedding. `dims` is the number of spatial dimensions (0 without).
-    """
-
-    kind: str  # "linear" | "conv" | "embedding"
-    weight_shape: tuple[int, ...]
-    dims: int = 0
-    options: dict[str, Any] = field(default_factory=dict)  # of F.conv / F.embedding
-
-    @property
-    def in_features(self) -> int:
-        return self.weight_shape[0] if self.kind == "embedding" else self.weight_shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight_shape[1] if self.kind == "embedding" else self.weight_shape[0]
-
-    @property
-    def groups(self) -> int:
-        return self.options.get("groups", 1)
-
-    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
-        """A 1x1 operation behind a bottleneck: `weight` is (out, rank / groups[, 1...])."""
-        if self.kind == "conv":
-            return _CONV[self.dims](h, weight, groups=self.groups)
-        return F.linear(h, weight)
-
-    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer's operation without its bias: `weight` has `weight_shape`."""
-        if self.kind == "linear":
-            return F.linear(x, weight)
-        if self.kind == "embedding":
-            return F.embedding(x, weight, **self.options)
-        return _CONV[self.dims](_padded(x, self.options), weight, None, **_without_mode(self.options))
-
-
-_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONV_TYPES = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-
-
-def _padded(x: Tensor, options: dict[str, Any]) -> Tensor:
-    """`x` with the padding that F.conv cannot do itself (reflect, replicate, circular)."""
-    if options["padding_mode"] == "zeros":
-        return x
-    return F.pad(x, options["reversed_padding"], mode=options["padding_mode"])
-
-
-def _without_mode(options: dict[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in options.items() if key not in ("padding_mode", "reversed_padding")}
-    if options["padding_mode"] != "zeros":
-        rest["padding"] = 0
-    return rest
-
-
-def describe(layer: nn.Module) -> LayerSpec | None:
-    """The geometry of `layer`, or None when no adapter can sit on it."""
-    if isinstance(layer, nn.Linear):
-        return LayerSpec("linear", (layer.out_features, layer.in_features))
-    if isinstance(layer, nn.Embedding):
-        options = {
-            "padding_idx": layer.padding_idx,
-            "max_norm": layer.max_norm,
-            "norm_type": layer.norm_type,
-            "scale_grad_by_freq": layer.scale_grad_by_freq,
-            "sparse": layer.sparse,
-        }
-        return LayerSpec("embedding", (layer.num_embeddings, layer.embedding_dim), 0, options)
-    for kind, dims in _CONV_TYPES.items():
-        if isinstance(layer, kind):
-            options = {
-                "stride": layer.stride,
-                "padding": layer.padding,
-                "dilation": layer.dilation,
-                "groups": layer.groups,
-                "padding_mode": layer.padding_mode,
-                "reversed_padding": layer._reversed_padding_repeated_twice,
-            }
-            return LayerSpec("conv", tuple(layer.weight.shape), dims, options)
-    return None
-
-
-class WeightView:
-    """A base weight that need not be dense: its logical shape, and its values on demand.
-
-    Quantised weights have no usable tensor shape, so methods see this and never a raw tensor.
-    """
-
-    def __init__(self, layer: nn.Module, spec: LayerSpec) -> None:
-        self._layer = layer
-        self.shape = spec.weight_shape
-
-    def dense(self) -> Tensor:
-        """The weight as a floating-point tensor of `shape`."""
-        return self._layer.weight.detach()
+class NoOptions:
+    """The settings of a method that has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +30,8 @@ class AdapterConfig:
     """The settings of one adapter on one layer.
 
     `rank` >= 1; `alpha` > 0, None meaning the rank; the scale is alpha / rank, or
-    alpha / sqrt(rank) with `rslora` (arXiv:2312.03732);
-    `dropout` in [0, 1) on the adapter's input; `lr` overrides the run's learning rate.
+    alpha / sqrt(rank) with `rslora` (arXiv:2312.03732); `dropout` in [0, 1) on the adapter's input;
+    `lr` overrides the run's learning rate; `options` are those of the method (its `Options`).
     """
 
     method: str = "lora"
@@ -132,6 +40,7 @@ class AdapterConfig:
     dropout: float = 0.0
     rslora: bool = False
     lr: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -153,19 +62,45 @@ class AdapterConfig:
 METHODS: dict[str, type[Adapter]] = {}
 
 
+@dataclass
+class Gate:
+    """What all adapters of one set share: whether and how strongly they act.
+
+    `rows` holds the samples of a mixed batch that belong to the set; None means all of them.
+    """
+
+    strength: float = 1.0
+    enabled: bool = True
+    merged: bool = False
+    rows: Rows | None = None
+
+    @property
+    def open(self) -> bool:
+        return self.enabled and not self.merged and self.strength != 0
+
+
 class Adapter(nn.Module):
     """One adapter on one layer. Parameters carry the names that kohya and LyCORIS use on disk."""
 
     method: ClassVar[str]
-    strength: float
-    dropout_masks: DropoutMasks | None
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
+    """The layer kinds that the method can sit on; `supports` may say more."""
+    Options: ClassVar[type] = NoOptions
+    """A frozen dataclass with the method's own settings and their defaults; it checks them itself."""
+    needed: ClassVar[frozenset[str]] = frozenset()
+    """The suffixes that every file entry of the method has; empty where it is written as another method."""
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """The suffixes that an entry may have besides."""
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
         super().__init__()
+        self.check(spec, config)
         self.spec = spec
         self.config = config
-        self.strength = 1.0
-        self.dropout_masks = None
+        self.options = read_options(type(self), config.options)
+        self.gate = Gate()
+        self.factor = 1.0  # the strength of this layer within its set
+        self.dropout_masks: DropoutMasks | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -176,34 +111,108 @@ class Adapter(nn.Module):
             raise TypeError(f"method '{name}' is registered twice")
         METHODS[name] = cls
 
+    @classmethod
+    def supports(cls, spec: LayerSpec) -> bool:
+        """Whether the method can sit on such a layer."""
+        return spec.kind in cls.kinds
+
+    @classmethod
+    def check(cls, spec: LayerSpec, config: AdapterConfig) -> None:
+        """Raises ConfigError where the method cannot sit on the layer with these settings."""
+        if not cls.supports(spec):
+            raise ConfigError(f"'{cls.method}' cannot adapt a layer of the kind '{spec.kind}' {spec.weight_shape}")
+        if config.dropout and (spec.kind == "embedding" or not spec.called):
+            raise ConfigError(
+                f"dropout acts on a layer's input, and this one ('{spec.kind}') has none: set it to 0 there"
+            )
+
+    @property
+    def strength(self) -> float:
+        """What dW is multiplied with: the set's strength times the layer's."""
+        return self.gate.strength * self.factor
+
+    # -- the method ---------------------------------------------------------------------------
+
+    def reset(self, generator: torch.Generator, weight: WeightView) -> None:
+        """Initialises the parameters from `generator`, so that dW is zero."""
+        raise NotImplementedError
+
     def delta_weight(self, weight: WeightView) -> Tensor:
         """dW at strength 1, of `weight.shape`: the definition of the method."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, y: Tensor, weight: WeightView) -> Tensor:
-        """`y` + strength * op(x, dW), where `y` is the base layer's output for `x`."""
-        delta = self.delta_weight(weight).to(y.dtype)
-        return y + self.strength * self.spec.apply(self.dropped(x), delta)
-
-    def dropped(self, x: Tensor) -> Tensor:
-        """`x` with the adapter's input dropout, drawn from data (see `DropoutMasks`) while training."""
-        if not self.training or self.config.dropout == 0 or self.dropout_masks is None:
-            return x
-        return x * self.dropout_masks(x, self.config.dropout)
-
-    def penalty(self) -> Tensor | None:
-        """A term of the loss that belongs to the method (AdaLoRA's orthogonality), or None."""
+    def delta_bias(self, weight: WeightView) -> Tensor | None:
+        """What the method adds to the bias at strength 1, (out,), or None."""
         return None
 
-    def after_step(self, step: int) -> None:
-        """Called after each optimizer step (AdaLoRA's budget, Delta-LoRA's base update)."""
+    @property
+    def low_rank(self) -> bool:
+        """Whether `factors` gives dW as a product."""
+        return False
+
+    def factors(self, weight: WeightView) -> tuple[Tensor, Tensor]:
+        """(up, down) with dW = up @ down at strength 1, (out, r) and (r, in * kernel), where `low_rank`."""
+        raise NotImplementedError
+
+    def terms(self, weight: WeightView) -> Mapping[str, Tensor] | None:
+        """Name -> what to add to the layer's tensor to merge exactly in its quantised format (QA-LoRA), or None."""
+        return None
+
+    def forward(self, x: Tensor, y: Tensor, base: Tensor | None, weight: WeightView) -> Tensor:
+        """`y` + strength * (op(x, dW) + db).
+
+        `base` is the layer's own output for `x` and `y` that output with what other adapters have
+        added; `base` is None where it is not at hand (something is merged into the layer).
+        """
+        delta = self.delta_weight(weight).to(y.dtype)
+        y = y + self.strength * self.spec.apply(self.dropped(x), delta)
+        bias = self.delta_bias(weight)
+        return y if bias is None else y + self.strength * self.spec.over_outputs(bias.to(y.dtype))
+
+    @property
+    def on_input(self) -> bool:
+        """Whether the method transforms the layer's input: op(x, dW) = op(`input_delta`(x), W)."""
+        return False
+
+    def input_delta(self, x: Tensor) -> Tensor:
+        """What an `on_input` method adds to the input, at strength 1: no product with W is needed then."""
+        raise NotImplementedError
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """`x` with the adapter's input dropout (inverted) while training."""
+        if not self.drops:
+            return x
+        return self.dropout_masks(x, self.config.dropout) / (1 - self.config.dropout)  # type: ignore[misc]
+
+    @property
+    def drops(self) -> bool:
+        """Whether dropout acts now."""
+        return self.training and self.config.dropout > 0 and self.dropout_masks is not None
+
+    # -- training -----------------------------------------------------------------------------
+
+    def rates(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """(parameter, factor on the learning rate) for everything that trains."""
+        yield from ((parameter, 1.0) for parameter in self.parameters() if parameter.requires_grad)
+
+    @classmethod
+    def share(cls, adapters: Sequence[Any], seed: int) -> nn.Module | None:
+        """Called once with all adapters of the method in a set: builds what they share, or returns None."""
+        return None
+
+    @classmethod
+    def penalty(cls, adapters: Sequence[Any]) -> Tensor | None:
+        """A term of the loss for all adapters of the method in a set (AdaLoRA's orthogonality), or None."""
+        return None
+
+    @classmethod
+    def after_step(cls, adapters: Sequence[Any], step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Called after each optimizer step, gradients still there: `step` counts from 0 (AdaLoRA's budget)."""
+
+    # -- files --------------------------------------------------------------------------------
 
     def export(self) -> dict[str, Tensor]:
         """What goes into a file: on-disk suffix -> tensor."""
-        raise NotImplementedError
-
-    def reset(self, generator: torch.Generator) -> None:
-        """Initialises the parameters from `generator`, so that dW is zero."""
         raise NotImplementedError
 
     @classmethod
@@ -212,33 +221,17 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
 
-class DropoutMasks:
-    """Inverted dropout whose masks are a function of (sample key, layer), never of a random stream.
-
-    A recomputed or resumed step draws the same masks, one process and many draw the same, and
-    nothing is stored. `keys` holds one integer for each sample of the batch: a hash of run seed,
-    sample id and step, set before each forward pass and shared by all layers of an `AdapterSet`.
-    """
-
-    def __init__(self, keys: SampleKeys, layer_seed: int) -> None:
-        self.keys = keys
-        self.layer_seed = layer_seed
-
-    def __call__(self, x: Tensor, rate: float) -> Tensor:
-        """A mask of zeros and 1 / (1 - rate), shape of `x`; its first dimension holds whole samples."""
-        keys = self.keys.values
-        if not keys or x.shape[0] % len(keys):
-            raise RuntimeError(f"dropout on {tuple(x.shape)} has {len(keys)} sample keys: call set_keys first")
-        rows = (x.shape[0] // len(keys), *x.shape[1:])
-        masks = []
-        for key in keys:
-            generator = torch.Generator(device=x.device).manual_seed((key ^ self.layer_seed) % (1 << 63))
-            masks.append(torch.rand(rows, generator=generator, device=x.device) >= rate)
-        return torch.cat(masks).to(x.dtype) / (1 - rate)
+def read_options(method: type[Adapter], options: Mapping[str, Any]) -> Any:
+    """The method's `Options` with these values. Raises ConfigError for an unknown one."""
+    known = [one.name for one in fields(method.Options)]
+    for key in options:
+        if key not in known:
+            choices = f" Options: {', '.join(known)}." if known else " It has none."
+            raise ConfigError(f"'{method.method}' has no option '{key}'.{nearest(key, known)}{choices}")
+    return method.Options(**options)
 
 
-@dataclass
-class SampleKeys:
-    """The sample keys of the forward pass under way."""
-
-    values: tuple[int, ...] = ()
+def method_of(suffixes: frozenset[str]) -> type[Adapter] | None:
+    """The method whose file entries have exactly such suffixes, or None."""
+    fits = (one for one in METHODS.values() if one.needed and one.needed <= suffixes <= one.needed | one.optional)
+    return next(fits, None)

@@ -112,7 +112,7 @@ def _apply(family: DiffusionFamily, models: Models, source: str, strength: float
     if state.family != family.name:
         raise ConfigError(f"{source}: the file is for {state.family}, the base is {family.name}")
     try:
-        adapters = attach_adapters(family.prefixes(models), state.method, state.tensors, strength)
+        adapters = attach_adapters(family.prefixes(models), state.tensors, strength)
     except ConfigError as problem:
         raise ConfigError(f"{source}: {problem}") from problem
     sha = state.metadata.get("sshs_model_hash") or _tensor_hash(adapter_path(source))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from studio.adapters.inject import Roles
+from studio.adapters.targets import Roles
 
 
 @dataclass

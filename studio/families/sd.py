@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from studio.adapters.inject import Roles
+from studio.adapters.targets import Roles
 from studio.families.base import FAMILIES, Conditioning, DiffusionFamily, Models, latent_statistics
 from studio.families.loading import load_pipeline
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from studio.adapters import describe
-from studio.adapters.inject import named_layers
+from studio.adapters.targets import named_layers
 from studio.families.base import DiffusionFamily, Models
 from studio.families.keys import LDMNames, flatten
 from studio.formats import peft

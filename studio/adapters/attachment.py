@@ -1,0 +1,180 @@
+"""How adapters act on one target: the hooks of a layer, and the adapters of all sets that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from studio.adapters.base import Adapter
+from studio.adapters.layers import Target, WeightView, wide
+from studio.adapters.mixed import mixed_output, mixed_rows
+from studio.errors import ConfigError
+
+Recorder = Callable[["Attachment", Tensor | None], None]
+
+
+class Attachment:
+    """The adapters of one target. A plain object, so that a deep copy of the model copies it too.
+
+    Two ways to act, one rule. A layer that is called with an input gets a hook that adds to its output
+    (and one that changes its input, where an adapter works there): valid for any base, quantised or
+    offloaded. A parameter that its module uses itself (norms, fused and expert weights) is replaced by
+    the effective one during each call of the module. Merging replaces it for good, and costs nothing
+    afterwards.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.weight = WeightView(target)
+        self.adapters: list[Adapter] = []
+        self.recorder: Recorder | None = None  # told of each call, for `AdapterSet.check_used`
+        self.input: Tensor | None = None  # of the call under way, where adapters changed it
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def add(self, adapter: Adapter) -> None:
+        """Lets `adapter` act, after those that are here."""
+        self.adapters.append(adapter)
+        self._hook()
+
+    def remove(self, adapter: Adapter) -> None:
+        """Takes `adapter` away; the layer is as it was once none is left."""
+        self.adapters = [one for one in self.adapters if one is not adapter]
+        if adapter.gate.merged:
+            self.merge()
+        self._hook()
+
+    def active(self) -> list[Adapter]:
+        """The adapters that act in a call."""
+        return [one for one in self.adapters if one.gate.open and one.factor]
+
+    # -- merging ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Writes the adapters whose gate says so into the layer, from the layer's own weight.
+
+        Without any, the layer gets its very own tensors back. Returns the share of the change that the
+        layer's precision lost: |stored - exact| / |exact - base| (Frobenius norms), 0 without a change.
+        """
+        self.weight.restore()
+        merged = [one for one in self.adapters if one.gate.merged and one.gate.enabled and one.strength]
+        lost = 0.0
+        if merged:
+            weight, bias = effective(merged, self.weight)
+            terms = [(term, one.strength) for one in merged if (term := one.terms(self.weight)) is not None]
+            if len(terms) == len(merged):
+                self.weight.add(terms)
+            else:
+                self.weight.put(self.weight.in_format(weight, bias))
+            change = (weight - wide(self.weight.dense())).norm()
+            lost = float((weight - wide(self.weight.stored())).norm() / change) if change else 0.0
+        self._hook()
+        return lost
+
+    # -- hooks --------------------------------------------------------------------------------
+
+    def _hook(self) -> None:
+        """Puts on the hooks that are needed now: none where everything is merged."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        outside = [one for one in self.adapters if not one.gate.merged]
+        if not outside:
+            return
+        layer = self.target.layer
+        if not self.target.spec.called:
+            self._handles.append(layer.register_forward_pre_hook(Substitute(self)))
+            self._handles.append(layer.register_forward_hook(Restore(self), always_call=True))
+            return
+        if any(one.on_input for one in outside):
+            self._handles.append(layer.register_forward_pre_hook(ChangeInput(self), with_kwargs=True))
+        self._handles.append(layer.register_forward_hook(self, with_kwargs=True))
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """The forward hook of a called layer."""
+        x, self.input = self.input, None
+        base = None if x is not None or self.weight.saved else output  # is it the layer's own output?
+        changed = x is not None
+        if x is None:
+            x = args[0] if args else next(iter(kwargs.values()))
+        if self.recorder is not None:
+            self.recorder(self, x)
+        acting = [one for one in self.active() if not (changed and one.on_input)]
+        if any(one.gate.rows is not None for one in acting):
+            return mixed_output(acting, x, output, base, self.weight)
+        for adapter in acting:
+            output = adapter(x, output, base, self.weight)
+        return output
+
+
+class ChangeInput:
+    """The pre-hook of a layer with adapters that transform its input."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        acting = [one for one in self.attachment.active() if one.on_input]
+        if not acting or self.attachment.weight.saved:
+            return None  # a merged layer no longer has its own weight: `forward` adds to the output instead
+        name = next(iter(kwargs), "")
+        x = args[0] if args else kwargs[name]
+        changed = x
+        for adapter in acting:
+            delta = adapter.strength * adapter.input_delta(adapter.dropped(x))
+            changed = changed + (delta if adapter.gate.rows is None else delta * mixed_rows(adapter.gate.rows, x))
+        self.attachment.input = x
+        return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, name: changed})
+
+
+class Substitute:
+    """The pre-hook of a module that uses its parameter itself: it sees the effective one."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.attachment.recorder is not None:
+            self.attachment.recorder(self.attachment, None)
+        acting = self.attachment.active()
+        if not acting:
+            return
+        if self.attachment.weight.saved:  # what is merged acts too: the sum starts at the layer's own weight
+            acting = [one for one in self.attachment.adapters if one.gate.enabled and one.strength]
+        if any(one.gate.rows is not None for one in acting):
+            raise ConfigError(
+                f"{self.attachment.target.name} is one weight for the whole batch: an adapter on it cannot act on "
+                "some samples only. Leave it out of adapters for mixed batches."
+            )
+        weight, bias = effective(acting, self.attachment.weight)
+        own = getattr(layer, self.attachment.target.parameter)
+        # an entry of __dict__ is found before the registered parameter, which stays what it is
+        layer.__dict__[self.attachment.target.parameter] = weight.to(own.dtype)
+        if bias is not None:
+            layer.__dict__["bias"] = bias.to(own.dtype)
+
+
+class Restore:
+    """The forward hook that takes a substitute away again, whatever happened in the call."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        layer.__dict__.pop(self.attachment.target.parameter, None)
+        layer.__dict__.pop("bias", None)
+
+
+def effective(adapters: Sequence[Adapter], weight: WeightView) -> tuple[Tensor, Tensor | None]:
+    """The layer's own weight and bias with `adapters` in them, in fp32 or wider; no bias where none changes it."""
+    total, bias = wide(weight.dense()), None
+    for adapter in adapters:
+        total = total + adapter.strength * wide(adapter.delta_weight(weight))
+        change = adapter.delta_bias(weight)
+        if change is not None:
+            own = weight.bias if bias is None else bias
+            bias = adapter.strength * wide(change) + (0 if own is None else wide(own))
+    return total, bias

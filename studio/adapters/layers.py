@@ -1,0 +1,248 @@
+"""Layers as adapters see them: the only place that tells Linear, Conv, Embedding and the others apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from studio.adapters.quantized import dequantize, is_quantized, layer_shape, requantize
+
+KINDS = ("linear", "conv", "embedding", "norm", "experts")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The geometry of one target, enough to apply any weight of its shape to an input.
+
+    `weight_shape` is (out, in) for "linear", (out, in / groups, *kernel) for "conv",
+    (vocabulary, width) for "embedding", (width,) for "norm", and the parameter's own for "experts"
+    (experts, ..., ...). `dims` is the number of spatial dimensions (0 without). `called` tells whether
+    the target is a layer that is called with an input: an adapter then adds to its output. A norm, or
+    a parameter that its module uses itself, is given an effective value instead.
+    `transposed`: the tensor is stored as (in, out), as in transformers' Conv1D.
+    """
+
+    kind: str
+    weight_shape: tuple[int, ...]
+    dims: int = 0
+    bias: bool = False
+    called: bool = True
+    transposed: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # of F.conv / F.embedding
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_shape[0] if self.kind == "embedding" else self.weight_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_shape[1] if self.kind == "embedding" else self.weight_shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.options.get("groups", 1)
+
+    def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:
+        """A 1x1 operation behind a bottleneck: `weight` is (out, rank / groups[, 1...])."""
+        if self.kind == "conv":
+            return _CONV[self.dims](h, weight, groups=self.groups)
+        return F.linear(h, weight)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer's operation without its bias: `weight` has `weight_shape`."""
+        if self.kind == "linear":
+            return F.linear(x, weight)
+        if self.kind == "embedding":
+            return F.embedding(x, weight, **self.options)
+        return _CONV[self.dims](_padded(x, self.options), weight, None, **_without_mode(self.options))
+
+    def over_outputs(self, values: Tensor) -> Tensor:
+        """`values` (out,) in the shape that multiplies or adds to the layer's output."""
+        return values.reshape(-1, *(1,) * self.dims)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """`values` (out,) in the shape that multiplies the rows of the weight; columns for "embedding"."""
+        return values if self.kind == "embedding" else values.reshape(-1, *(1,) * (len(self.weight_shape) - 1))
+
+
+_CONV: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TYPES = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+
+
+def _padded(x: Tensor, options: dict[str, Any]) -> Tensor:
+    """`x` with the padding that F.conv cannot do itself (reflect, replicate, circular)."""
+    if options["padding_mode"] == "zeros":
+        return x
+    return F.pad(x, options["reversed_padding"], mode=options["padding_mode"])
+
+
+def _without_mode(options: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in options.items() if key not in ("padding_mode", "reversed_padding")}
+    if options["padding_mode"] != "zeros":
+        rest["padding"] = 0
+    return rest
+
+
+def describe(layer: nn.Module) -> LayerSpec | None:
+    """The geometry of `layer`, or None when no adapter can sit on it."""
+    bias = getattr(layer, "bias", None) is not None
+    if isinstance(layer, nn.Linear) or is_quantized(layer):
+        return LayerSpec("linear", layer_shape(layer), bias=bias)
+    if isinstance(layer, nn.Embedding):
+        options = {
+            "padding_idx": layer.padding_idx,
+            "max_norm": layer.max_norm,
+            "norm_type": layer.norm_type,
+            "scale_grad_by_freq": layer.scale_grad_by_freq,
+            "sparse": layer.sparse,
+        }
+        return LayerSpec("embedding", (layer.num_embeddings, layer.embedding_dim), options=options)
+    for kind, dims in _CONV_TYPES.items():
+        if isinstance(layer, kind):
+            options = {
+                "stride": layer.stride,
+                "padding": layer.padding,
+                "dilation": layer.dilation,
+                "groups": layer.groups,
+                "padding_mode": layer.padding_mode,
+                "reversed_padding": layer._reversed_padding_repeated_twice,
+            }
+            return LayerSpec("conv", tuple(layer.weight.shape), dims, bias, options=options)
+    weight = layer._parameters.get("weight")
+    if type(layer).__name__ == "Conv1D" and weight is not None:  # transformers'; not imported for one name
+        return LayerSpec("linear", (weight.shape[1], weight.shape[0]), bias=bias, transposed=True)
+    if type(layer).__name__.endswith("Norm") and weight is not None and weight.ndim == 1:
+        return LayerSpec("norm", tuple(weight.shape), bias=bias, called=False)
+    return None
+
+
+def describe_parameter(parameter: nn.Parameter) -> LayerSpec | None:
+    """The geometry of a parameter that its module uses itself: a fused matrix, or experts (E, ..., ...)."""
+    kinds = {2: "linear", 3: "experts"}
+    if parameter.ndim not in kinds:
+        return None
+    return LayerSpec(kinds[parameter.ndim], tuple(parameter.shape), called=False)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place for an adapter: a layer's weight, or a parameter of a module that uses it itself."""
+
+    name: str
+    layer: nn.Module
+    spec: LayerSpec
+    parameter: str = "weight"
+
+    @property
+    def device(self) -> torch.device:
+        own = [*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False)]
+        return own[0].device
+
+
+class WeightView:
+    """A base weight that need not be dense: its logical shape, and its values on demand.
+
+    Quantised weights have no usable tensor shape, so methods see this and never a raw tensor. While
+    adapters are merged into the layer, it still shows the layer's own weight.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.shape = target.spec.weight_shape
+        self.saved: dict[str, Any] = {}  # the layer's own tensors while something is merged into it
+        self._memo: dict[str, tuple[Any, Tensor]] = {}
+
+    def dense(self) -> Tensor:
+        """The weight as a floating-point tensor of `shape`."""
+        with self._as_it_was():
+            return self.stored()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's own bias, (out,), or None."""
+        bias = self.saved.get("bias", getattr(self.target.layer, "bias", None))
+        return None if bias is None else bias.detach()
+
+    def memo(self, name: str, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """`compute(dense weight)`, computed again only when the weight has changed."""
+        stored = self.saved.get(self.target.parameter, getattr(self.target.layer, self.target.parameter, None))
+        now = None if stored is None else version(stored)
+        found = self._memo.get(name)
+        if found is None or found[0] != now:
+            with torch.no_grad():
+                found = self._memo[name] = (now, compute(self.dense()))
+        return found[1]
+
+    def stored(self) -> Tensor:
+        """What the layer computes with now, as a floating-point tensor of `shape`."""
+        layer = self.target.layer
+        if is_quantized(layer):
+            return dequantize(layer)
+        weight = getattr(layer, self.target.parameter).detach()
+        return weight.T if self.target.spec.transposed else weight
+
+    def in_format(self, weight: Tensor, bias: Tensor | None) -> Mapping[str, Any]:
+        """The layer's tensors by name, in its own format and dtype, with these values."""
+        layer, parameter = self.target.layer, self.target.parameter
+        if is_quantized(layer):
+            tensors = dict(requantize(layer, weight))
+        else:
+            own = weight.T.contiguous() if self.target.spec.transposed else weight
+            tensors = {parameter: nn.Parameter(own.to(getattr(layer, parameter).dtype), requires_grad=False)}
+        if bias is not None:
+            like = layer.bias if layer.bias is not None else weight
+            tensors["bias"] = nn.Parameter(bias.to(like.dtype), requires_grad=False)
+        return tensors
+
+    def put(self, tensors: Mapping[str, Any]) -> None:
+        """Gives the layer `tensors`; its own are kept for `restore`."""
+        for name, tensor in tensors.items():
+            self.saved.setdefault(name, getattr(self.target.layer, name))
+            _assign(self.target.layer, name, tensor)
+
+    def add(self, terms: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
+        """Gives the layer its own tensors plus strength * term, by name; `terms` holds (terms, strength) pairs."""
+        for name in terms[0][0]:
+            total = getattr(self.target.layer, name).detach().clone()
+            for term, strength in terms:
+                total += strength * term[name].to(total.dtype)
+            self.put({name: total})
+
+    def restore(self) -> None:
+        """Gives the layer its own tensors back: the very objects that it had."""
+        for name, tensor in self.saved.items():
+            _assign(self.target.layer, name, tensor)
+        self.saved.clear()
+
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        now = {name: getattr(self.target.layer, name) for name in self.saved}
+        for name, tensor in self.saved.items():
+            _assign(self.target.layer, name, tensor)
+        try:
+            yield
+        finally:
+            for name, tensor in now.items():
+                _assign(self.target.layer, name, tensor)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in fp32, or in float64 where it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def version(tensor: Tensor) -> tuple[int, int, torch.Size]:
+    """Changes whenever the tensor's values do: by assignment or in place."""
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.shape
+
+
+def _assign(layer: nn.Module, name: str, value: Any) -> None:
+    """Assigns whatever the kind: a tensor as it is, also over a parameter, and a quantisation state."""
+    store = next((store for store in (layer._buffers, layer._parameters) if name in store), layer.__dict__)
+    store[name] = value

@@ -1,0 +1,141 @@
+"""Mixed batches: a different adapter, or none, for every sample of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from studio.errors import ConfigError
+
+if TYPE_CHECKING:
+    from studio.adapters.base import Adapter
+    from studio.adapters.inject import AdapterSet
+    from studio.adapters.layers import WeightView
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples that one set acts on, of `total` in the batch; `stacks` belongs to the whole batch."""
+
+    samples: tuple[int, ...]
+    total: int
+    stacks: dict[int, Any] = field(compare=False)
+
+
+@contextmanager
+def mixed_batch(choice: Sequence[AdapterSet | None]) -> Iterator[None]:
+    """Inside the block, sample i of each batch is seen by `choice[i]` alone, or by no set where that is None.
+
+    Sets that are not named act on all samples, as before. With activation checkpointing, the backward
+    pass belongs inside the block. Raises ConfigError for a set that cannot act on single samples.
+    """
+    stacks: dict[int, Any] = {}
+    sets = list(dict.fromkeys(one for one in choice if one is not None))
+    for one in sets:
+        rows = tuple(place for place, chosen in enumerate(choice) if chosen is one)
+        one.gate.rows = Rows(rows, len(choice), stacks)
+    try:
+        yield
+    finally:
+        for one in sets:
+            one.gate.rows = None
+
+
+def mixed_rows(rows: Rows, x: Tensor) -> Tensor:
+    """Ones for the rows of `x` that belong to the samples, zeros for the others: (rows, 1, ...)."""
+    keep = torch.zeros(rows.total, dtype=x.dtype, device=x.device)
+    keep[list(rows.samples)] = 1
+    return keep.repeat_interleave(_each(rows, x)).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _each(rows: Rows, x: Tensor) -> int:
+    if x.shape[0] % rows.total:
+        raise ConfigError(
+            f"a mixed batch of {rows.total} samples meets a layer with an input of {tuple(x.shape)}, "
+            "which does not hold whole samples"
+        )
+    return x.shape[0] // rows.total
+
+
+def mixed_output(adapters: Sequence[Adapter], x: Tensor, y: Tensor, base: Tensor | None, weight: WeightView) -> Tensor:
+    """`y` after each adapter has acted on its own samples."""
+    stacked = _stackable(adapters, weight)
+    if stacked:
+        y = _stacked(stacked, x, y, weight)
+    for adapter in adapters:
+        if adapter in stacked:
+            continue
+        if adapter.gate.rows is None:
+            y = adapter(x, y, base, weight)
+        else:
+            y = _on_rows(adapter, adapter.gate.rows, x, y, base, weight)
+    return y
+
+
+def _on_rows(adapter: Adapter, rows: Rows, x: Tensor, y: Tensor, base: Tensor | None, weight: WeightView) -> Tensor:
+    """`y` with the rows of the adapter's samples replaced by what the adapter makes of them."""
+    each = _each(rows, x)
+    own = torch.tensor(rows.samples, device=x.device)
+    index = (own[:, None] * each + torch.arange(each, device=x.device)).flatten()  # (samples * each,)
+    with _keys_of(adapter, rows):
+        mine = adapter(x[index], y[index], None if base is None else base[index], weight)
+    return y.index_copy(0, index, mine)
+
+
+@contextmanager
+def _keys_of(adapter: Adapter, rows: Rows) -> Iterator[None]:
+    """Dropout by the keys of the adapter's own samples."""
+    if not adapter.drops:
+        yield
+        return
+    keys = adapter.dropout_masks.keys  # type: ignore[union-attr]
+    everyone = keys.values
+    keys.values = tuple(everyone[place] for place in rows.samples) if everyone else ()
+    try:
+        yield
+    finally:
+        keys.values = everyone
+
+
+def _stackable(adapters: Sequence[Adapter], weight: WeightView) -> list[Adapter]:
+    """The low-rank adapters of the batch, where there are several: one batched product serves them all."""
+    fits = [one for one in adapters if one.gate.rows is not None and one.spec.kind == "linear" and not one.drops]
+    fits = [one for one in fits if one.low_rank]
+    return fits if len(fits) > 1 else []
+
+
+def _stacked(adapters: Sequence[Adapter], x: Tensor, y: Tensor, weight: WeightView) -> Tensor:
+    """Each sample through its own bottleneck, padded to the largest rank: two batched products."""
+    rows = adapters[0].gate.rows
+    assert rows is not None
+    _each(rows, x)
+    known = None if torch.is_grad_enabled() else rows.stacks.get(id(weight))
+    up, down = known or _stack(adapters, rows.total, weight, y.dtype)
+    if not torch.is_grad_enabled():
+        rows.stacks[id(weight)] = up, down
+    h = torch.bmm(x.to(y.dtype).reshape(rows.total, -1, x.shape[-1]), down)  # (samples, tokens, rank)
+    return torch.baddbmm(y.reshape(rows.total, -1, y.shape[-1]), h, up).view(y.shape)
+
+
+def _stack(adapters: Sequence[Adapter], total: int, weight: WeightView, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(samples, rank, out) and (samples, in, rank): the factors of each sample's adapter, zero without one."""
+    factors = [one.factors(weight) for one in adapters]
+    rank = max(down.shape[0] for _, down in factors)
+    out_features, in_features = weight.shape
+    ups = [torch.zeros(rank, out_features, dtype=dtype, device=factors[0][0].device)]
+    downs = [torch.zeros(in_features, rank, dtype=dtype, device=factors[0][0].device)]
+    place = [0] * total
+    for number, (adapter, (up, down)) in enumerate(zip(adapters, factors, strict=True), start=1):
+        pad = rank - down.shape[0]
+        ups.append(F.pad((adapter.strength * up).T.to(dtype), (0, 0, 0, pad)))
+        downs.append(F.pad(down.T.to(dtype), (0, pad)))
+        for sample in adapter.gate.rows.samples:  # type: ignore[union-attr]
+            place[sample] = number
+    index = torch.tensor(place, device=ups[0].device)
+    return torch.stack(ups)[index], torch.stack(downs)[index]
