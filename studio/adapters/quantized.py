@@ -91,7 +91,7 @@ def allow_gradients(layer: nn.Module) -> None:
     if _weight_class(layer) == "Params4bit":
         layer.support_avx512bf16_for_cpu = False
         layer.weight.data, layer.weight.quant_state = _plain_4bit(layer.weight.data, _state_of_4bit(layer))
-    if getattr(getattr(layer, "weight", None), "act_quant_kwargs", None) is not None:
+    if getattr(layer._parameters.get("weight"), "act_quant_kwargs", None) is not None:
         raise ConfigError(
             f"a {type(layer).__name__} with torchao's dynamic int8 activations passes no gradient to the layers "
             "before it: quantise the base with Int8WeightOnlyConfig to train on it"
@@ -164,7 +164,7 @@ def _write_4bit(layer: Any, weight: Tensor) -> dict[str, Any]:
     dtype = old.dtype if state is None else getattr(state, "original_dtype", state.dtype)
     kept = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
     new = Params4bit(weight.to(dtype), requires_grad=False, **kept).to(old.device)
-    return {"weight": new, "quant_state": new.quant_state}
+    return {"weight": new}
 
 
 def _read_int8(layer: Any) -> Tensor:
