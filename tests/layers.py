@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.adapters import METHODS, AdapterConfig, AdapterPlan, AdapterSet, inject, named_targets
+from studio.adapters import METHODS, AdapterConfig, AdapterPlan, AdapterSet, attach_adapters, inject, named_targets
 from studio.errors import ConfigError
 
 
@@ -18,6 +18,7 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.randn(3, 12, 8))
+        self.is_transposed = True  # transformers' mark of this order
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bti,eio->bto", x, self.gate_up_proj)
@@ -91,12 +92,21 @@ def net_of(kind: str) -> tuple[Net, Tensor]:
     return net.requires_grad_(False), x
 
 
+OPTIONS: dict[str, dict[str, Any]] = {"tokens": {"token_ids": (4, 7)}}
+"""The options that a method cannot do without; the tokens are in the embedding's input."""
+
+
+def config_of(method: str, options: Mapping[str, Any] | None = None, **settings: Any) -> AdapterConfig:
+    """Rank 4 and alpha 2 unless told."""
+    settings = {"rank": 4, "alpha": 2.0, **settings}
+    return AdapterConfig(method, options=options or OPTIONS.get(method, {}), **settings)
+
+
 def adapted(
     net: nn.Module, method: str = "lora", options: Mapping[str, Any] | None = None, **settings: Any
 ) -> AdapterSet:
-    """`net` under an adapter of random values, never zero, on every layer; rank 4 and alpha 2 unless told."""
-    settings = {"rank": 4, "alpha": 2.0, "options": options or {}, **settings}
-    adapters = inject({"net": net}, AdapterPlan(("re:.*",), config=AdapterConfig(method, **settings)), {})
+    """`net` under an adapter of random values, never zero, on every layer; settings as in `config_of`."""
+    adapters = inject({"net": net}, AdapterPlan(("re:.*",), config=config_of(method, options, **settings)), {})
     randomise(adapters)
     return adapters
 
@@ -114,7 +124,7 @@ def supported(method: str, kind: str) -> bool:
     """Whether the method can sit on this layer kind with rank 4."""
     target = next(iter(named_targets({"net": net_of(kind)[0]}).values()))
     try:
-        METHODS[method].check(target.spec, AdapterConfig(method, 4, 2.0))
+        METHODS[method].check(target.spec, config_of(method))
     except ConfigError:
         return False
     return True
@@ -125,6 +135,28 @@ def cases() -> list[tuple[str, str]]:
     return [(method, kind) for method in METHODS for kind in LAYERS if supported(method, kind)]
 
 
+def home(method: str) -> str:
+    """The first layer kind that the method can sit on."""
+    return next(kind for kind in LAYERS if supported(method, kind))
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """|a - b| <= 1e-6 + 1e-4 max|b|, which an analytically zero gradient passes too."""
     return bool(((a - b).abs() <= 1e-6 + 1e-4 * b.abs().max()).all())
+
+
+def check_options(method: str, kind: str, options: Mapping[str, Any], **settings: Any) -> None:
+    """With these options too: forward = merged, unmerging is exact, and a state comes back."""
+    net, x = net_of(kind)
+    adapters = adapted(net, method, options, **settings)
+    beside = net(x)
+    adapters.merge()
+    assert close(net(x), beside)
+    adapters.unmerge()
+    assert torch.equal(net(x), beside)
+    state = adapters.state()
+    adapters.detach()
+    assert not close(net(x), beside)
+    again = attach_adapters({"net": net}, state)
+    assert close(net(x), beside)
+    assert [set(entry) for entry in again.state().values()] == [set(entry) for entry in state.values()]

@@ -229,11 +229,10 @@ def test_overrides_set_rank_alpha_dropout_and_rate_per_target() -> None:
 
 
 def test_check_used_names_a_layer_that_is_never_called() -> None:
-    net = nn.MultiheadAttention(8, 2, batch_first=True)
-    adapters = inject({"net": net}, AdapterPlan(("out_proj",)), {})
-    x = torch.randn(1, 3, 8)
-    with pytest.raises(ConfigError, match="net.out_proj"):
-        adapters.check_used(lambda: net(x, x, x))
+    net = block()
+    adapters = inject({"net": net}, AdapterPlan(("to_q",)), {})
+    with pytest.raises(ConfigError, match=r"1 adapted layers take no part .*: net.down.to_q\."):
+        adapters.check_used(lambda: net.up.to_q(torch.randn(1, 4)))
 
 
 def test_a_state_reloads_and_a_wrong_one_is_refused() -> None:

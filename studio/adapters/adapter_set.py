@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import weakref
 from collections import defaultdict
@@ -26,15 +27,21 @@ _PLACE = "_studio_attachments"  # on a layer: parameter name -> Attachment, shar
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging lost in the base's precision: layer -> |stored - exact| / |exact - base|, largest first."""
+    """What merging lost in the base's precision: layer -> |stored - exact| / |exact - base|, largest first.
+
+    `untied`: layer -> the others that held the very same tensor, and still hold the old one: a model that is
+    saved with them as one (`tie_word_embeddings`) would lose the merge.
+    """
 
     lost: Mapping[str, float]
+    untied: Mapping[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         worst = list(self.lost.items())[:3]
         named = ", ".join(f"{name} {share:.2%}" for name, share in worst)
         mean = sum(self.lost.values()) / max(len(self.lost), 1)
-        return f"merged into {len(self.lost)} layers; the precision of the base lost {mean:.2%} of the change ({named})"
+        text = f"merged into {len(self.lost)} layers; the precision of the base lost {mean:.2%} of the change ({named})"
+        return "; ".join([text, *(f"{name} is untied from {', '.join(rest)}" for name, rest in self.untied.items())])
 
 
 class AdapterSet(nn.Module):
@@ -47,15 +54,14 @@ class AdapterSet(nn.Module):
     def __init__(self, targets: Mapping[str, Target], adapters: Mapping[str, Adapter], seed: int = 0) -> None:
         super().__init__()
         self.targets = dict(targets)
-        for target in self.targets.values():
-            _refuse_compiled(target.layer)
+        self.seed = seed
         self.names = list(adapters)
         self.adapters = nn.ModuleList(adapters.values())
         self.gate = Gate()
         self.keys = SampleKeys()
         for name, adapter in self.items():
             adapter.gate = self.gate
-            adapter.dropout_masks = DropoutMasks(self.keys, seed_of("dropout", name))
+            adapter.dropout_masks = self._masks(name)
         self.shared = nn.ModuleDict()
         for method, members in self._by_method().items():
             common = METHODS[method].share(members, seed)
@@ -67,11 +73,21 @@ class AdapterSet(nn.Module):
         """(full layer name, adapter) for every target."""
         return zip(self.names, self.adapters, strict=True)  # type: ignore[arg-type]
 
+    def _masks(self, name: str) -> DropoutMasks:
+        return DropoutMasks(self.keys, seed_of("dropout", name))
+
     def _by_method(self) -> dict[str, list[Adapter]]:
         methods: dict[str, list[Adapter]] = defaultdict(list)
         for adapter in self.adapters:
             methods[adapter.method].append(adapter)  # type: ignore[index, arg-type]
         return methods
+
+    def clone(self) -> Self:
+        """A set with copies of everything that is the adapter's own, on the very layers of this one; not attached."""
+        modules = [module for target in self.targets.values() for module in (target.layer, target.user)]
+        twin = copy.deepcopy(self, {id(module): module for module in modules})  # a memo: the base is no copy
+        twin._attached, twin.gate.merged, twin.gate.rows = False, False, None
+        return twin
 
     # -- acting on the model ------------------------------------------------------------------
 
@@ -101,13 +117,19 @@ class AdapterSet(nn.Module):
         """Puts strength * dW into the base weights: the forward pass then costs what the base's costs.
 
         `unmerge`, or detaching, gives the layers their very own tensors back. Sets may be merged and
-        unmerged in any order. Raises RuntimeError when not attached, or merged already.
+        unmerged in any order. Raises RuntimeError when not attached, or merged already, and ConfigError for a
+        layer that cannot hold another weight; all layers are then as before.
         """
         if not self._attached or self.gate.merged:
             raise RuntimeError("the adapters are merged already" if self._attached else "attach the adapters first")
         self.gate.merged = True
-        lost = {name: _attachment(self.targets[name]).merge() for name in self.names}
-        return MergeReport(dict(sorted(lost.items(), key=lambda item: -item[1])))
+        try:
+            lost = {name: _attachment(self.targets[name]).merge() for name in self.names}
+        except ConfigError:
+            self.unmerge()
+            raise
+        untied = {name: target.tied for name, target in self.targets.items() if target.tied}
+        return MergeReport(dict(sorted(lost.items(), key=lambda item: -item[1])), untied)
 
     def unmerge(self) -> None:
         """Undoes `merge`, bit for bit."""
@@ -169,6 +191,7 @@ class AdapterSet(nn.Module):
         calls = _Calls(self)
         for name, adapter in self.items():
             adapter.shared = None  # type: ignore[assignment]
+            adapter.dropout_masks = self._masks(name)
             _attachment(self.targets[name]).recorder = calls
         try:
             with torch.no_grad():
@@ -185,7 +208,7 @@ class AdapterSet(nn.Module):
         for group in calls.groups():
             reads = SharedReads(group)
             for adapter in group:
-                adapter.shared = reads
+                adapter.shared, adapter.dropout_masks = reads, group[0].dropout_masks
 
     # -- training -----------------------------------------------------------------------------
 
@@ -266,9 +289,3 @@ def _forget(target: Target) -> None:
     del place[target.parameter]
     if not place:
         del target.layer.__dict__[_PLACE]
-
-
-def _refuse_compiled(layer: nn.Module) -> None:
-    """A layer that torch.compile has traced would ignore our hook without a word."""
-    if getattr(layer, "_compiled_call_impl", None) is not None:
-        raise ConfigError("the model is compiled already, and would ignore adapters: attach them, then compile")

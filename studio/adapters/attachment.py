@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ class Attachment:
         self.adapters: list[Adapter] = []
         self.recorder: Recorder | None = None  # told of each call, for `AdapterSet.check_used`
         self.input: Tensor | None = None  # of the call under way, where adapters changed it
+        self._hooked = (False, False)  # at all, and on the input
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def add(self, adapter: Adapter) -> None:
@@ -77,21 +79,30 @@ class Attachment:
     # -- hooks --------------------------------------------------------------------------------
 
     def _hook(self) -> None:
-        """Puts on the hooks that are needed now: none where everything is merged."""
+        """Puts on the hooks that are needed now: none where everything is merged.
+
+        What torch.compile has traced never looks at hooks again. So they stay on when something is merged after
+        that (the gate, which they ask, is looked at), and where they change, everything is traced anew.
+        """
+        outside = self.adapters if is_traced() else [one for one in self.adapters if not one.gate.merged]
+        needed = bool(outside), self.target.spec.called and any(one.on_input for one in outside)
+        if needed == self._hooked:
+            return
+        self._hooked = needed
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        outside = [one for one in self.adapters if not one.gate.merged]
-        if not outside:
-            return
-        layer = self.target.layer
+        self._handles = self._hooks(*needed)
+        forget_traces()
+
+    def _hooks(self, any_outside: bool, on_input: bool) -> list[torch.utils.hooks.RemovableHandle]:
+        layer = self.target.user or self.target.layer
+        if not any_outside:
+            return []
         if not self.target.spec.called:
-            self._handles.append(layer.register_forward_pre_hook(Substitute(self)))
-            self._handles.append(layer.register_forward_hook(Restore(self), always_call=True))
-            return
-        if any(one.on_input for one in outside):
-            self._handles.append(layer.register_forward_pre_hook(ChangeInput(self), with_kwargs=True))
-        self._handles.append(layer.register_forward_hook(self, with_kwargs=True))
+            before = layer.register_forward_pre_hook(Substitute(self))
+            return [before, layer.register_forward_hook(Restore(self), always_call=True)]
+        handles = [layer.register_forward_pre_hook(ChangeInput(self), with_kwargs=True)] if on_input else []
+        return [*handles, layer.register_forward_hook(self, with_kwargs=True)]
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """The forward hook of a called layer."""
@@ -105,9 +116,22 @@ class Attachment:
         acting = [one for one in self.active() if not (changed and one.on_input)]
         if any(one.gate.rows is not None for one in acting):
             return mixed_output(acting, x, output, base, self.weight)
+        y = output.clone() if len(acting) > 1 else output  # an adapter may write into y; base stays what it is
         for adapter in acting:
-            output = adapter(x, output, base, self.weight)
-        return output
+            y = adapter(x, y, base, self.weight)
+        return y
+
+
+def is_traced() -> bool:
+    """Whether torch.compile has compiled something in this process that is still in use."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")  # absent, and not worth importing, without a compile
+    return frames is not None and bool(frames.output_codes.seen)
+
+
+def forget_traces() -> None:
+    """To be called where hooks changed: what torch.compile has traced would ignore them without a word."""
+    if is_traced():
+        torch._dynamo.reset()
 
 
 class ChangeInput:
@@ -136,7 +160,7 @@ class Substitute:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, user: nn.Module, args: tuple[Any, ...]) -> None:
         if self.attachment.recorder is not None:
             self.attachment.recorder(self.attachment, None)
         acting = self.attachment.active()
@@ -150,11 +174,11 @@ class Substitute:
                 "some samples only. Leave it out of adapters for mixed batches."
             )
         weight, bias = effective(acting, self.attachment.weight)
-        own = getattr(layer, self.attachment.target.parameter)
+        stored, place = self.attachment.weight.as_stored(weight), self.attachment.target.layer.__dict__
         # an entry of __dict__ is found before the registered parameter, which stays what it is
-        layer.__dict__[self.attachment.target.parameter] = weight.to(own.dtype)
+        place[self.attachment.target.parameter] = stored
         if bias is not None:
-            layer.__dict__["bias"] = bias.to(own.dtype)
+            place["bias"] = bias.to(stored.dtype)
 
 
 class Restore:
@@ -163,9 +187,10 @@ class Restore:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        layer.__dict__.pop(self.attachment.target.parameter, None)
-        layer.__dict__.pop("bias", None)
+    def __call__(self, user: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        place = self.attachment.target.layer.__dict__
+        place.pop(self.attachment.target.parameter, None)
+        place.pop("bias", None)
 
 
 def effective(adapters: Sequence[Adapter], weight: WeightView) -> tuple[Tensor, Tensor | None]:

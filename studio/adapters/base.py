@@ -216,6 +216,11 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def owns(cls, suffixes: frozenset[str]) -> bool:
+        """Whether a file entry with exactly these suffixes is of this method."""
+        return bool(cls.needed) and cls.needed <= suffixes <= cls.needed | cls.optional
+
+    @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> Adapter:
         """The adapter of one file entry; raises ConfigError where the shapes do not fit `spec`."""
         raise NotImplementedError
@@ -233,5 +238,4 @@ def read_options(method: type[Adapter], options: Mapping[str, Any]) -> Any:
 
 def method_of(suffixes: frozenset[str]) -> type[Adapter] | None:
     """The method whose file entries have exactly such suffixes, or None."""
-    fits = (one for one in METHODS.values() if one.needed and one.needed <= suffixes <= one.needed | one.optional)
-    return next(fits, None)
+    return next((one for one in METHODS.values() if one.owns(suffixes)), None)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from studio.adapters.base import Adapter, AdapterConfig
 from studio.adapters.layers import LayerSpec, WeightView, version, wide
@@ -36,6 +37,7 @@ class DoRA(LoRA):
     """`dora_scale`, the magnitudes m, beside LoRA's factors: (out, 1, ...) or (1, in, ...)."""
 
     method = "dora"
+    kinds = Adapter.kinds
     Options = DoRAOptions
     needed = LoRA.needed | {"dora_scale"}
 
@@ -115,7 +117,7 @@ class DoRA(LoRA):
             plain = self.spec.apply(self.dropped(x).to(y.dtype), weight.dense().to(y.dtype))
         else:
             plain = base if bias is None else base - bias
-        return y + self.strength * (gain * add_product(self.spec, plain, h, up, self.scale) - plain)
+        return y + self.strength * (gain * add_product(self.spec, plain.clone(), h, up, self.scale) - plain)
 
     def export(self) -> dict[str, Tensor]:
         return {**super().export(), "dora_scale": self.dora_scale.detach()}
@@ -144,9 +146,13 @@ class _Gain(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         out, gain, bias = ctx.saved_tensors
-        scaled = gradient * (out if bias is None else out - bias)  # gradient * gain * (z - bias)
-        of_gain = scaled.sum_to_size(gain.shape) / gain
-        # a magnitude of exactly zero has lost its direction
-        return gradient * gain, of_gain.masked_fill_(gain == 0, 0), None
+        product = gradient * out
+        of_gain = product.sum_to_size(gain.shape)  # of gradient * (out - bias) = gradient * gain * (z - bias)
+        if bias is not None:
+            of_gain -= bias * gradient.sum_to_size(gain.shape)
+        of_gain /= gain + torch.finfo(gain.dtype).tiny  # a magnitude of exactly zero has lost its direction
+        of_z = torch.mul(gradient, gain, out=product)  # in memory that is in the cache
+        return of_z, of_gain, None

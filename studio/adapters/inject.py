@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from studio.adapters.adapter_set import AdapterSet
 from studio.adapters.base import METHODS, Adapter, AdapterConfig, method_of
 from studio.adapters.layers import Target, WeightView
+from studio.adapters.quantized import allow_gradients
 from studio.adapters.targets import AdapterPlan, Roles, match_targets, named_targets
 from studio.errors import ConfigError
 from studio.seeds import sample_generator
@@ -16,6 +17,7 @@ from studio.seeds import sample_generator
 
 def _adapter(target: Target, config: AdapterConfig, seed: int) -> Adapter:
     try:
+        allow_gradients(target.layer)
         adapter = METHODS[config.method](target.spec, config)
     except ConfigError as problem:
         raise ConfigError(f"{target.name}: {problem}") from problem
@@ -50,14 +52,15 @@ def attach_adapters(
             f"{len(missing)} of the file's {len(tensors)} layers are not in this model: "
             f"{', '.join(missing[:5])}. The file is for another base."
         )
-    adapters = {name: _loaded(targets[name], entry) for name, entry in tensors.items()}
+    adapters = {name: adapter_of_entry(targets[name], entry) for name, entry in tensors.items()}
     adapter_set = AdapterSet({name: targets[name] for name in tensors}, adapters).attach()
     adapter_set.set_strength(strength)
     adapter_set.eval()
     return adapter_set
 
 
-def _loaded(target: Target, entry: Mapping[str, Tensor]) -> Adapter:
+def adapter_of_entry(target: Target, entry: Mapping[str, Tensor]) -> Adapter:
+    """The adapter of one layer's entry in a file. Raises ConfigError where none is written so, or it does not fit."""
     method = method_of(frozenset(entry))
     if method is None:
         raise ConfigError(f"{target.name}: no method has the entries {', '.join(sorted(entry))}")

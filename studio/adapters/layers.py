@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from studio.adapters.quantized import dequantize, is_quantized, layer_shape, requantize
+from studio.errors import ConfigError
 
 KINDS = ("linear", "conv", "embedding", "norm", "experts")
 
@@ -21,11 +23,12 @@ class LayerSpec:
     """The geometry of one target, enough to apply any weight of its shape to an input.
 
     `weight_shape` is (out, in) for "linear", (out, in / groups, *kernel) for "conv",
-    (vocabulary, width) for "embedding", (width,) for "norm", and the parameter's own for "experts"
-    (experts, ..., ...). `dims` is the number of spatial dimensions (0 without). `called` tells whether
-    the target is a layer that is called with an input: an adapter then adds to its output. A norm, or
-    a parameter that its module uses itself, is given an effective value instead.
-    `transposed`: the tensor is stored as (in, out), as in transformers' Conv1D.
+    (vocabulary, width) for "embedding", (width,) for "norm" and (experts, out, in) for "experts".
+    `dims` is the number of spatial dimensions (0 without). `called` tells whether the target is a layer
+    that is called with an input: an adapter then adds to its output. A norm, or a parameter that its
+    module uses itself, is given an effective value instead. `transposed`: the tensor is stored as
+    (..., in, out), as in transformers' Conv1D. `scale`: what an embedding multiplies its rows with, as
+    in Gemma.
     """
 
     kind: str
@@ -34,15 +37,16 @@ class LayerSpec:
     bias: bool = False
     called: bool = True
     transposed: bool = False
+    scale: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)  # of F.conv / F.embedding
 
     @property
     def in_features(self) -> int:
-        return self.weight_shape[0] if self.kind == "embedding" else self.weight_shape[1]
+        return self.weight_shape[{"embedding": 0, "experts": 2}.get(self.kind, 1)]
 
     @property
     def out_features(self) -> int:
-        return self.weight_shape[1] if self.kind == "embedding" else self.weight_shape[0]
+        return self.weight_shape[1 if self.kind in ("embedding", "experts") else 0]
 
     @property
     def groups(self) -> int:
@@ -59,7 +63,8 @@ class LayerSpec:
         if self.kind == "linear":
             return F.linear(x, weight)
         if self.kind == "embedding":
-            return F.embedding(x, weight, **self.options)
+            rows = F.embedding(x, weight, **self.options)
+            return rows if self.scale == 1 else rows * self.scale
         return _CONV[self.dims](_padded(x, self.options), weight, None, **_without_mode(self.options))
 
     def over_outputs(self, values: Tensor) -> Tensor:
@@ -102,7 +107,9 @@ def describe(layer: nn.Module) -> LayerSpec | None:
             "scale_grad_by_freq": layer.scale_grad_by_freq,
             "sparse": layer.sparse,
         }
-        return LayerSpec("embedding", (layer.num_embeddings, layer.embedding_dim), options=options)
+        scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0))
+        shape = (layer.num_embeddings, layer.embedding_dim)
+        return LayerSpec("embedding", shape, options=options, scale=float(scale))
     for kind, dims in _CONV_TYPES.items():
         if isinstance(layer, kind):
             options = {
@@ -122,22 +129,38 @@ def describe(layer: nn.Module) -> LayerSpec | None:
     return None
 
 
-def describe_parameter(parameter: nn.Parameter) -> LayerSpec | None:
-    """The geometry of a parameter that its module uses itself: a fused matrix, or experts (E, ..., ...)."""
-    kinds = {2: "linear", 3: "experts"}
-    if parameter.ndim not in kinds:
-        return None
-    return LayerSpec(kinds[parameter.ndim], tuple(parameter.shape), called=False)
+def describe_parameter(layer: nn.Module, name: str) -> LayerSpec | None:
+    """The geometry of a parameter that `layer` uses itself: a fused matrix, or the weights of several experts.
+
+    `is_transposed` is transformers' mark of experts that are stored as (experts, in, out).
+    """
+    parameter = layer._parameters[name]
+    if parameter is None or name.endswith("bias") or isinstance(layer, nn.RNNBase | ParametrizationList):
+        return None  # a recurrent layer computes with copies, a parametrisation with what its layer shows
+    if parameter.ndim == 2:
+        return LayerSpec("linear", tuple(parameter.shape), called=False)
+    if parameter.ndim == 3 and len(parameter) > 1:  # (1, tokens, width) is no weight
+        transposed = bool(getattr(layer, "is_transposed", False))
+        stored = parameter.mT if transposed else parameter
+        return LayerSpec("experts", tuple(stored.shape), called=False, transposed=transposed)
+    return None
 
 
 @dataclass(frozen=True)
 class Target:
-    """One place for an adapter: a layer's weight, or a parameter of a module that uses it itself."""
+    """One place for an adapter: a layer's weight, or a parameter of a module that uses it itself.
+
+    `user` is the module that uses the parameter of a layer which is never called (`nn.MultiheadAttention`, its
+    `out_proj`), or None where `layer` does. `tied` names the targets that hold the very same tensor: an adapter
+    acts on its own target alone, and merging unties it.
+    """
 
     name: str
     layer: nn.Module
     spec: LayerSpec
     parameter: str = "weight"
+    user: nn.Module | None = None
+    tied: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -185,16 +208,25 @@ class WeightView:
         if is_quantized(layer):
             return dequantize(layer)
         weight = getattr(layer, self.target.parameter).detach()
-        return weight.T if self.target.spec.transposed else weight
+        return weight.mT if self.target.spec.transposed else weight
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """`weight` in the layout and dtype of the layer's own tensor, where that is not quantised."""
+        own = getattr(self.target.layer, self.target.parameter)
+        return (weight.mT.contiguous() if self.target.spec.transposed else weight).to(own.dtype)
 
     def in_format(self, weight: Tensor, bias: Tensor | None) -> Mapping[str, Any]:
         """The layer's tensors by name, in its own format and dtype, with these values."""
         layer, parameter = self.target.layer, self.target.parameter
         if is_quantized(layer):
             tensors = dict(requantize(layer, weight))
+        elif parameter in layer._parameters or parameter in layer._buffers:
+            tensors = {parameter: nn.Parameter(self.as_stored(weight), requires_grad=False)}
         else:
-            own = weight.T.contiguous() if self.target.spec.transposed else weight
-            tensors = {parameter: nn.Parameter(own.to(getattr(layer, parameter).dtype), requires_grad=False)}
+            raise ConfigError(
+                f"{self.target.name}: its {parameter} is computed in each call, so nothing can be merged into it: take "
+                "the parametrisation off first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
         if bias is not None:
             like = layer.bias if layer.bias is not None else weight
             tensors["bias"] = nn.Parameter(bias.to(like.dtype), requires_grad=False)
@@ -239,6 +271,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 def version(tensor: Tensor) -> tuple[int, int, torch.Size]:
     """Changes whenever the tensor's values do: by assignment or in place."""
+    tensor = getattr(tensor, "qdata", tensor)  # a torchao tensor has no memory of its own
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.shape
 
 

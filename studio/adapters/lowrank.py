@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,21 +11,32 @@ from torch import Tensor
 
 from studio.adapters.base import Adapter, AdapterConfig
 from studio.adapters.layers import LayerSpec, WeightView
+from studio.adapters.quantized import ZeroPointLinear
 from studio.errors import ConfigError
 
 
 def down_shape(spec: LayerSpec, rank: int) -> tuple[int, ...]:
-    """(rank, in) for Linear and Embedding, (rank, in / groups, *kernel) for Conv."""
+    """(rank, in) for Linear and Embedding, (rank, in / groups, *kernel) for Conv, (experts, rank, in) for experts."""
     if spec.kind == "conv":
         return (rank, *spec.weight_shape[1:])
-    return (rank, spec.in_features)
+    return (*experts_of(spec), rank, spec.in_features)
 
 
 def up_shape(spec: LayerSpec, rank: int) -> tuple[int, ...]:
-    """(out, rank), with a 1x1 kernel for Conv; a grouped Conv keeps its groups in both factors."""
+    """(out, rank), with a 1x1 kernel for Conv; a grouped Conv keeps its groups, experts their number, in both."""
     if spec.kind == "conv":
         return (spec.out_features, rank // spec.groups, *(1,) * spec.dims)
-    return (spec.out_features, rank)
+    return (*experts_of(spec), spec.out_features, rank)
+
+
+def experts_of(spec: LayerSpec) -> tuple[int, ...]:
+    """(experts,) where each has factors of its own, else ()."""
+    return spec.weight_shape[:1] if spec.kind == "experts" else ()
+
+
+def rank_in(spec: LayerSpec, down: Tensor) -> int:
+    """The rank of a `down` of `down_shape`."""
+    return down.shape[len(experts_of(spec))]
 
 
 class LowRank(Adapter):
@@ -34,6 +46,8 @@ class LowRank(Adapter):
     """
 
     shared: SharedReads | None = None
+    rank_dims: ClassVar[Mapping[str, int]] = {}
+    """The tensors whose rank changes while training, and the dimension that is it: a loaded state decides it."""
 
     @classmethod
     def check(cls, spec: LayerSpec, config: AdapterConfig) -> None:
@@ -61,6 +75,8 @@ class LowRank(Adapter):
         up, down = self.up_weight(), self.down_weight()
         if self.spec.kind == "embedding":
             return self.scale * (up @ down).T  # (vocabulary, width)
+        if self.spec.kind == "experts":
+            return self.scale * (up @ down)  # (experts, out, in)
         groups = self.spec.groups
         rank = down.shape[0] // groups
         up = up.reshape(groups, self.spec.out_features // groups, rank)
@@ -69,10 +85,33 @@ class LowRank(Adapter):
 
     @property
     def low_rank(self) -> bool:
-        return self.spec.groups == 1
+        return self.spec.groups == 1 and self.spec.kind != "experts"
 
     def factors(self, weight: WeightView) -> tuple[Tensor, Tensor]:
         return self.scale * self.up_weight().flatten(1), self.down_weight().flatten(1)
+
+    def terms(self, weight: WeightView) -> Mapping[str, Tensor] | None:
+        """What to add to a `ZeroPointLinear`'s zeros, where dW is constant inside its groups (QA-LoRA)."""
+        layer = weight.target.layer
+        if not (isinstance(layer, ZeroPointLinear) and self.low_rank):
+            return None
+        up, down = self.factors(weight)
+        groups = down.unflatten(1, (-1, layer.group_size))  # (rank, groups, group_size)
+        if not torch.equal(groups, groups[..., :1].expand_as(groups)):
+            return None
+        return {"zeros": -(up @ groups[..., 0]) / layer.scales}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """With the saved ranks of `rank_dims`; the layout in memory stays, since it decides the last bits."""
+        for name, dim in self.rank_dims.items():
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if saved is None or saved.ndim != own.ndim or saved.shape[dim] == own.shape[dim]:
+                continue
+            shape = list(own.shape)
+            shape[dim] = saved.shape[dim]
+            by_columns = own.ndim == 2 and own.stride(0) < own.stride(1)
+            own.data = own.new_zeros(shape[::-1]).T if by_columns else own.new_zeros(shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, y: Tensor, base: Tensor | None, weight: WeightView) -> Tensor:
         """Through the bottleneck, in the dtype of the base's output: weights are cast, not activations."""
@@ -84,10 +123,10 @@ class LowRank(Adapter):
             return self.spec.apply(x, self.down_weight().to(dtype).T)
         if self.shared is not None:
             return self.shared.read(self, x, dtype)
-        down = self.down_weight()
-        if self.drops:
-            x, down = self.dropout_masks(x, self.config.dropout), down / (1 - self.config.dropout)  # type: ignore[misc]
-        return self.spec.apply(x.to(dtype), down.to(dtype))
+        down = self.down_weight().to(dtype)
+        if self.spec.kind == "linear":
+            return _linear(self, x.to(dtype), down)
+        return self.spec.apply(self.dropped(x.to(dtype)), down)
 
     def written(self, h: Tensor, y: Tensor) -> Tensor:
         """`y` + strength * scale * up(h), without a temporary of the output's size."""
@@ -97,8 +136,12 @@ class LowRank(Adapter):
 def add_product(spec: LayerSpec, y: Tensor, h: Tensor, up: Tensor, scale: float) -> Tensor:
     """y + scale * up(h) for `h` of the bottleneck and `up` of `up_shape`."""
     if spec.kind != "conv":
-        flat = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T, alpha=scale)  # (tokens, out)
-        return flat.view(y.shape)
+        if y.ndim != 3:
+            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T, alpha=scale).view(y.shape)  # (tokens, out)
+        batched = up.T[None] if len(y) == 1 else up.T.expand(len(y), -1, -1)  # (B, rank, out)
+        if torch.compiler.is_compiling() or y._is_view():
+            return torch.baddbmm(y, h, batched, alpha=scale)
+        return y.baddbmm_(h, batched, alpha=scale)  # nobody keeps y: it is the output of a layer that does not train
     if spec.groups > 1:
         return y + spec.pointwise(h * scale, up)
     batched = up.flatten(1).expand(len(y), -1, -1)  # (B, out, rank)
@@ -133,11 +176,16 @@ class SharedReads:
 
     def _read(self, adapters: Sequence[LowRank], x: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
         downs = [adapter.down_weight().to(dtype) for adapter in adapters]
-        first = self.adapters[0]
-        down = torch.cat(downs) if len(downs) > 1 else downs[0]
-        if first.drops:
-            x, down = first.dropout_masks(x, first.config.dropout), down / (1 - first.config.dropout)  # type: ignore[misc]
-        return F.linear(x.to(dtype), down).split([len(one) for one in downs], dim=-1)
+        if len(downs) == 1:
+            return [_linear(adapters[0], x.to(dtype), downs[0])]
+        return _linear(adapters[0], x.to(dtype), torch.cat(downs)).split([len(one) for one in downs], dim=-1)
+
+
+def _linear(adapter: Adapter, x: Tensor, down: Tensor) -> Tensor:
+    """F.linear(x, down) under the adapter's dropout."""
+    if adapter.drops:
+        return adapter.dropout_masks.linear(x, down, adapter.config.dropout)  # type: ignore[union-attr]
+    return F.linear(x, down)
 
 
 def may_share(adapters: Sequence[Adapter]) -> bool:

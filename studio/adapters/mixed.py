@@ -37,6 +37,8 @@ def mixed_batch(choice: Sequence[AdapterSet | None]) -> Iterator[None]:
     """
     stacks: dict[int, Any] = {}
     sets = list(dict.fromkeys(one for one in choice if one is not None))
+    if any(one.gate.merged for one in sets):
+        raise ConfigError("an adapter of the mixed batch is merged into the base, and acts on every sample: unmerge it")
     for one in sets:
         rows = tuple(place for place, chosen in enumerate(choice) if chosen is one)
         one.gate.rows = Rows(rows, len(choice), stacks)

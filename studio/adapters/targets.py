@@ -39,15 +39,31 @@ def named_targets(modules: Mapping[str, nn.Module]) -> dict[str, Target]:
     """Full name -> target, for every place of an adapter; `modules` maps a name prefix to a model."""
     targets: dict[str, Target] = {}
     for prefix, module in modules.items():
+        users: dict[nn.Module, nn.Module] = {}
         for path, layer in module.named_modules(prefix=prefix):
+            path = path.replace("._orig_mod", "")  # of a compiled model, and of blocks compiled on their own
+            if isinstance(layer, nn.MultiheadAttention):
+                users[layer.out_proj] = layer  # which multiplies with its weight, and never calls it
             spec = describe(layer)
             if spec is not None:
-                targets[path] = Target(path, layer, spec)
+                user = users.get(layer)
+                targets[path] = Target(path, layer, replace(spec, called=False) if user else spec, user=user)
                 continue
-            for name, parameter in layer._parameters.items():
-                spec = None if parameter is None else describe_parameter(parameter)
+            for name in layer._parameters:
+                spec = describe_parameter(layer, name)
                 if spec is not None:
                     targets[f"{path}.{name}"] = Target(f"{path}.{name}", layer, spec, name)
+    return _with_ties(targets)
+
+
+def _with_ties(targets: dict[str, Target]) -> dict[str, Target]:
+    """The targets, each with the names of the others that hold its tensor."""
+    holders: dict[int, list[str]] = {}
+    for name, target in targets.items():
+        holders.setdefault(id(target.layer._parameters.get(target.parameter, target)), []).append(name)
+    for names in holders.values():
+        for name in names if len(names) > 1 else ():
+            targets[name] = replace(targets[name], tied=tuple(other for other in names if other != name))
     return targets
 
 
@@ -56,7 +72,7 @@ def named_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: target.layer for name, target in named_targets(modules).items() if target.spec.called}
 
 
-def _select(pattern: str, names: Iterable[str], roles: Roles) -> set[str]:
+def select(pattern: str, names: Iterable[str], roles: Roles) -> set[str]:
     """The names that one pattern means; raises ConfigError with near misses when there are none."""
     names = list(names)
     if pattern in roles:
@@ -92,7 +108,7 @@ def match_targets(
     matches nothing, or nothing that can be adapted.
     """
     targets = named_targets(modules)
-    chosen: dict[str, set[str]] = {pattern: _select(pattern, targets, roles) for pattern in plan.targets}
+    chosen: dict[str, set[str]] = {pattern: select(pattern, targets, roles) for pattern in plan.targets}
     everything = set().union(*chosen.values())
     for pattern in plan.exclude:
         everything -= _among(everything, pattern, targets, roles, "exclusion")
@@ -120,7 +136,7 @@ def match_targets(
 
 def _among(chosen: set[str], pattern: str, names: Iterable[str], roles: Roles, what: str) -> set[str]:
     """The chosen layers that a pattern means; raises ConfigError where there are none."""
-    found = _select(pattern, names, roles) & chosen
+    found = select(pattern, names, roles) & chosen
     if not found:
         raise ConfigError(f"the {what} '{pattern}' touches none of the {len(chosen)} layers that the targets choose")
     return found
