@@ -85,6 +85,10 @@ class DataConfig(Group):
 class Override(Group):
     """Settings of the layers that one pattern means; None leaves what they have."""
 
+    method: str | None = None
+    """As `adapter.method`; the options are then its own."""
+    options: dict[str, Any] | None = None
+    """As `adapter.options`, instead of them."""
     rank: int | None = Field(None, ge=1, le=1024)
     """As `adapter.rank`; alpha follows it where neither gives one."""
     alpha: float | None = Field(None, gt=0)
@@ -104,9 +108,11 @@ class Override(Group):
         return values
 
 
-class LoRAConfig(Group):
+class MethodConfig(Group):
     method: str = "lora"
-    """The adapter method."""
+    """The adapter method: lora, dora, loha, lokr, oft, diff, ..."""
+    options: dict[str, Any] = {}
+    """The method's own settings, such as lora's init: --set adapter.options.init=pissa."""
     rank: int = Field(16, ge=1, le=1024)
     """Inner width of the adapter: capacity and file size grow with it."""
     alpha: float | None = Field(None, gt=0)
@@ -120,7 +126,7 @@ class LoRAConfig(Group):
     exclude: Names = []
     """Layers to leave out of `targets`, in the same language."""
     overrides: dict[str, Override] = {}
-    """Pattern -> rank, alpha, dropout, rslora, lr that differ there: {"*.to_q": {"rank": 4}}; a later entry wins."""
+    """Pattern -> settings that differ there, method and lr too: {"*.to_q": {"rank": 4}}; a later entry wins."""
     train_text_encoder: bool = False
     """Adapt the text encoders too."""
 
@@ -206,7 +212,7 @@ class TrainSDConfig(Group):
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
-    adapter: LoRAConfig = Field(default_factory=LoRAConfig)
+    adapter: MethodConfig = Field(default_factory=MethodConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)

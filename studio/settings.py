@@ -8,7 +8,7 @@ import logging
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -48,21 +48,21 @@ def resolve(
     """The config that these layers make; a later one wins.
 
     `preset` is a shipped name or a file; `file` is .yaml, .toml or .json; `flags` maps dotted keys
-    to values, None meaning not given; `sets` holds "a.b=c" with c in YAML. Raises ConfigError for
+    to values, None meaning not given; `sets` holds "a.b=c" with c in YAML, and "a.b.d=c" for one entry
+    of a table a.b. Raises ConfigError for
     an unknown key (with the nearest known one), a value of the wrong type or range, a missing file.
     Logs the preset.
     """
-    layers = [_read(file) if file else {}]
-    layers.append(_nested({key: value for key, value in (flags or {}).items() if value is not None}))
-    layers += [_parse_set(schema, entry) for entry in sets]
-    given = _merged(layers)
+    settings = _read(file) if file else {}
+    _check_keys(schema, settings, f"'{file}'")
+    flagged = [(key.split("."), value) for key, value in (flags or {}).items() if value is not None]
+    entries = [*flagged, *(_parse_set(schema, entry) for entry in sets)]
     if preset is None:
-        preset = getattr(schema, "default_preset", lambda settings: None)(given)
+        preset = getattr(schema, "default_preset", lambda settings: None)(_with_entries(settings, entries))
     base = _read(_preset_file(preset)) if preset else {}
-    for origin, layer in ((f"preset '{preset}'", base), (f"'{file}'", layers[0])):
-        _check_keys(schema, layer, origin)
+    _check_keys(schema, base, f"preset '{preset}'")
     try:
-        config = schema.model_validate(_merged([base, given]))
+        config = schema.model_validate(_with_entries(_merged([base, settings]), entries))
     except ValidationError as problem:
         raise ConfigError(_explain(problem)) from problem
     if preset:
@@ -112,30 +112,36 @@ def _read(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _parse_set(schema: type[BaseModel], entry: str) -> dict[str, Any]:
+def _parse_set(schema: type[BaseModel], entry: str) -> tuple[list[str], Any]:
+    """(path to the setting, its value) of "a.b=c"."""
     key, equals, text = entry.partition("=")
     key = key.strip()
     if not equals:
         raise ConfigError(f"--set takes KEY=VALUE, such as adapter.rank=8, not '{entry}'")
     known = fields(schema)
-    if key not in known:
+    tables = [name for name, field in known.items() if get_origin(field.annotation) is dict]
+    table = next((name for name in tables if key.startswith(f"{name}.")), None)
+    if key not in known and table is None:
         raise ConfigError(f"--set: unknown key '{key}'.{_suggest(key, known)}")
+    path = key.split(".") if table is None else [*table.split("."), key.removeprefix(f"{table}.")]
     try:
-        return _nested({key: yaml.safe_load(text)})
+        return path, yaml.safe_load(text)
     except yaml.YAMLError as problem:
         raise ConfigError(f"--set {key}: '{text}' is not a YAML value: {problem}") from problem
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} -> {"a": {"b": 1}}."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *groups, name = key.split(".")
-        place = nested
-        for group in groups:
-            place = place.setdefault(group, {})
-        place[name] = value
-    return nested
+def _with_entries(settings: Mapping[str, Any], entries: Iterable[tuple[list[str], Any]]) -> dict[str, Any]:
+    """`settings` with the value at each path, the later over the earlier."""
+    for path, value in entries:
+        settings = _with(settings, path, value)
+    return dict(settings)
+
+
+def _with(settings: Any, path: list[str], value: Any) -> dict[str, Any]:
+    """A copy of nested `settings` with another value at `path`; what is no table on the way is replaced."""
+    name, *rest = path
+    own = settings if isinstance(settings, Mapping) else {}
+    return {**own, name: _with(own.get(name), rest, value) if rest else value}
 
 
 def _merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

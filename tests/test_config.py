@@ -83,6 +83,16 @@ def test_the_preset_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["preset: builtin-style"]
 
 
+def test_an_entry_of_a_table_is_set_by_itself(tmp_path: Path) -> None:
+    file = given(tmp_path, adapter={"options": {"init": "olora", "lr_ratio": 2}})
+    sets = ["adapter.options.init=pissa", "adapter.overrides.unet.*.to_q={rank: 4}"]
+    config = resolve(TrainSDConfig, file=file, sets=sets)
+    assert config.adapter.options == {"init": "pissa", "lr_ratio": 2}
+    assert config.adapter.overrides["unet.*.to_q"].rank == 4
+    whole = resolve(TrainSDConfig, file=file, sets=["adapter.options={freeze_down: true}"])
+    assert whole.adapter.options == {"freeze_down": True}
+
+
 def test_the_builtin_base_has_preset_data_and_name(tmp_path: Path) -> None:
     builtin = resolve(TrainSDConfig)
     assert (builtin.train.steps, builtin.data.resolution, builtin.output.name) == (70, 64, "demo")

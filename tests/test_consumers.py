@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from layers import config_of
 from safetensors.torch import load_file, save_file
 
-from studio.adapters import AdapterConfig, AdapterPlan, inject
+from studio.adapters import METHODS, AdapterConfig, AdapterPlan, inject, named_targets
 from studio.families import FAMILIES
 from studio.families.keys import LDMNames, known_layer
+from studio.families.loading import load_base
 from studio.formats import write_adapter
 from studio.formats.consumers import check_file
 from studio.formats.state import AdapterState
@@ -48,8 +50,8 @@ def test_files_for_full_size_models_are_checked_without_the_base(name, variant, 
     family = FAMILIES[name]
     plan = AdapterPlan(tiny.TARGETS, config=AdapterConfig(rank=1, alpha=1.0))
     adapters = inject(family.prefixes(family.reference(variant)), plan, family.roles)
-    tensors = {layer: {key: torch.zeros(t.shape) for key, t in a.export().items()} for layer, a in adapters.items()}
-    path = write_adapter(AdapterState("lora", name, tensors), tmp_path / "file")
+    tensors = {layer: {key: torch.ones(t.shape) for key, t in a.export().items()} for layer, a in adapters.items()}
+    path = write_adapter(AdapterState(name, tensors), tmp_path / "file")
     assert used(path, family) == dict.fromkeys(TOOLS, 3 * len(tensors))
 
 
@@ -97,19 +99,48 @@ def test_a_mixed_diffusers_file_loses_its_attention(sd15):
     assert report.used == 2 and all("attn1" in key for key in report.unused)
 
 
-def test_a_strange_key_makes_diffusers_refuse_the_file_and_others_pass_over_it(sd15):
+def test_a_strange_key_makes_diffusers_and_a1111_refuse_the_file_and_others_pass_over_it(sd15):
     family, models, tensors, path = sd15
     save_file(tensors | {"lora_unet_conv_in.hada_w1_a": torch.ones(1)}, path)
-    assert used(path, family, models) == dict.fromkeys(TOOLS, len(tensors)) | {"diffusers": 0}
+    assert used(path, family, models) == dict.fromkeys(TOOLS, len(tensors)) | {"diffusers": 0, "A1111": 0}
 
 
 def test_dora_scales_are_dropped_by_diffusers_and_kohya(sd15):
     family, models, tensors, path = sd15
-    module = next(iter(tensors)).partition(".")[0]
-    save_file(tensors | {f"{module}.dora_scale": torch.ones(1)}, path)
+    up = next(key for key, tensor in tensors.items() if "lora_up" in key and tensor.ndim == 2)
+    scale = f"{up.partition('.')[0]}.dora_scale"
+    save_file(tensors | {scale: torch.ones(len(tensors[up]), 1)}, path)
     counts = used(path, family, models)
     assert counts["diffusers"] == counts["kohya sd-scripts"] == len(tensors)
-    assert counts["ComfyUI"] == len(tensors) + 1
+    assert counts["ComfyUI"] == counts["A1111"] == len(tensors) + 1
+    save_file(tensors | {scale: torch.ones(len(tensors[up]))}, path)
+    assert used(path, family, models)["ComfyUI"] == len(tensors), "it would take one dimension for another"
+
+
+LYCORIS = frozenset({"ComfyUI", "A1111"})
+READERS = {
+    **dict.fromkeys(("lora", "adalora", "deltalora", "qalora"), frozenset(TOOLS)),  # all of them are written as LoRAs
+    **dict.fromkeys(("dora", "tucker", "loha", "lokr", "oft", "boft", "diff", "norm"), LYCORIS),
+    "bias": {"ComfyUI"},
+    "ia3": {"A1111"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_check_says_which_tools_read_a_method(method, tmp_path):
+    family, models = load_base(str(tiny.folder("sd15")))
+    places = (".attn2.to_k", ".resnets.1.conv1", ".norm2", ".token_embedding")
+    if method == "ia3":
+        places = places[:1]  # none gates a bias
+    elif method != "tokens":
+        places = places[:3]  # none has a name for embeddings
+    targets = named_targets(family.prefixes(models)).items()
+    names = [name for name, one in targets if name.endswith(places) and METHODS[method].supports(one.spec)]
+    config = config_of(method)
+    adapters = inject(family.prefixes(models), AdapterPlan(tuple(names), config=config), {})
+    path = write_adapter(AdapterState("sd", adapters.state()), tmp_path / "file")
+    reports = check_file(path, family, models)
+    assert {report.consumer for report in reports if not report.unused} == READERS.get(method, set())
 
 
 def test_layers_of_another_size_do_not_count(sd15):

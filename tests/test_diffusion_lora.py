@@ -38,7 +38,7 @@ def folder(base, tmp_path_factory):
         for place_, parameter in enumerate(adapters.parameters()):
             generator = torch.Generator().manual_seed(100 * seed + place_)
             parameter.data.normal_(0, 0.5, generator=generator)
-        write_adapter(AdapterState("lora", family.name, adapters.state()), path)
+        write_adapter(AdapterState(family.name, adapters.state()), path)
         adapters.detach()
     return place
 

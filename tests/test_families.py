@@ -251,13 +251,9 @@ def ldm_checkpoint(pipeline) -> dict[str, torch.Tensor]:
     """The pipeline's weights under the names of a Stable Diffusion 1 checkpoint."""
     tensors = {}
     names = LDMNames(pipeline.unet.config)
-    norms = {"norm1": "in_layers.0", "norm2": "out_layers.0"}
     for key, tensor in pipeline.unet.state_dict().items():
         path, _, end = key.rpartition(".")
-        ldm = names.to_ldm(path) or path.replace("conv_norm_out", "out.0")
-        if re.search(r"resnets\.\d+\.norm", path):
-            block, _, norm = ldm.rpartition(".")
-            ldm = f"{block}.{norms[norm]}"
+        ldm = names.to_ldm(path)
         tensors[f"model.diffusion_model.{ldm}.{end}"] = tensor
     for key, tensor in pipeline.text_encoder.state_dict().items():
         tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = tensor

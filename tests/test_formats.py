@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -12,13 +13,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from layers import close, config_of, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from studio.adapters import AdapterConfig, AdapterPlan, inject
+from studio.adapters import METHODS, AdapterConfig, AdapterPlan, attach_adapters, inject, named_targets
 from studio.errors import ConfigError
 from studio.families import FAMILIES
+from studio.families.loading import load_base
 from studio.formats import FORMATS, kohya, read_adapter, write_adapter
+from studio.formats.consumers import check_file
 from studio.formats.describe import describe_adapter
 from studio.formats.state import AdapterState
 
@@ -36,7 +40,7 @@ def test_full_size_models_export_the_keys_and_shapes_that_sd_scripts_writes(name
     targets = (*family.default_targets, "text-encoder", *(["convolutions"] if "conv" in name else []))
     plan = AdapterPlan(targets, config=AdapterConfig(rank=4, alpha=2.0))
     adapters = inject(family.prefixes(family.reference()), plan, family.roles)
-    state = AdapterState("lora", family.name, {layer: adapter.export() for layer, adapter in adapters.items()})
+    state = AdapterState(family.name, {layer: adapter.export() for layer, adapter in adapters.items()})
     shapes = {key: list(tensor.shape) for key, tensor in kohya.encode(state).items()}
     assert shapes == json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
 
@@ -47,8 +51,88 @@ def state(request):
     return tiny.state_of(family, adapters)
 
 
+# a linear layer, convolutions, norms and an embedding, inside the blocks and outside
+PLACES = (
+    *("attn2.to_k", "ff.net.2", "resnets.0.conv1", "conv_shortcut", "conv_in", "conv_norm_out", "attentions.0.norm"),
+    *("transformer_blocks.0.norm2", "resnets.0.norm1", "fc1", "layer_norm1", "final_layer_norm", "token_embedding"),
+)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_every_layer_norm_and_embedding_has_a_name_of_its_own(kind):
+    family, models = load_base(str(tiny.folder(kind)))
+    modules = {name: kohya.module_name(name, family.name) for name in named_targets(family.prefixes(models))}
+    assert len(set(modules.values())) == len(modules)
+    assert {name: kohya.layer_name(module) for name, module in modules.items()} == {name: name for name in modules}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(str(tiny.folder("sd15")))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_comes_back_from_a_kohya_file_on_every_layer_that_it_adapts(method, base, tmp_path):
+    family, models = base
+    config, names = config_of(method), []
+    for name, target in named_targets(family.prefixes(models)).items():
+        with suppress(ConfigError):
+            METHODS[method].check(target.spec, config)
+            names += [name] if name.endswith(PLACES) else []
+    adapters = inject(family.prefixes(models), AdapterPlan(tuple(names), config=config), {})
+    randomise(adapters)
+    state = AdapterState(family.name, adapters.state())
+    again = read_adapter(write_adapter(state, tmp_path / "file"))
+    assert_same(state, again)
+    ours = tiny.predict(family, models)
+    adapters.detach()
+    assert not close(tiny.predict(family, models), ours)
+    loaded = attach_adapters(family.prefixes(models), again.tensors)
+    assert close(tiny.predict(family, models), ours)
+    loaded.detach()
+
+
+def test_a_file_may_hold_several_methods(tmp_path):
+    overrides = {"convolutions": {"method": "tucker"}, "re:.*norm.*": {"method": "norm"}}
+    plan = AdapterPlan((*tiny.TARGETS, "re:unet.*norm.*"), config=AdapterConfig(rank=4, alpha=2.0), overrides=overrides)
+    family, models, adapters = tiny.random_adapter("sd15", plan)
+    path = write_adapter(tiny.state_of(family, adapters), tmp_path / "file")
+    state, total = read_adapter(path), len(adapters.names)
+    assert set(state.methods) == {"lora", "tucker", "norm"} and sum(state.methods.values()) == total
+    summary = describe_adapter(path)
+    assert summary["method"].startswith("lora, ") and set(summary["ranks"]) == {"4"}
+    assert summary["metadata"]["ss_network_module"] == "lycoris.kohya"
+    args = json.loads(summary["metadata"]["ss_network_args"])
+    assert args["algo"] == "lora" and args["use_tucker"] == args["train_norm"] == "True" and args["conv_dim"] == "4"
+    unused = {report.consumer: report.unused for report in check_file(path, family, models)}
+    assert unused["ComfyUI"] == ()
+    assert all("conv_norm_out" in key for key in unused["A1111"])
+    assert all("norm" in key or "resnets" in key or "samplers" in key for key in unused["kohya sd-scripts"])
+    assert len(unused["diffusers"]) == len(load_file(path)), "it refuses a file with endings that it does not know"
+    for format in ("peft", "diffusers"):
+        with pytest.raises(ConfigError, match=f"'{format}' cannot hold the method '(norm|tucker)': use"):
+            write_adapter(state, tmp_path / "other", format)
+
+
+def test_formats_of_peft_hold_dora_but_not_beside_lora(tmp_path):
+    def state(config: AdapterConfig, **overrides: dict) -> AdapterState:
+        plan = AdapterPlan(tiny.TARGETS, config=config, overrides=overrides)
+        family, _, adapters = tiny.random_adapter("sd15", plan)
+        return tiny.state_of(family, adapters)
+
+    dora = state(AdapterConfig("dora", 4, 2.0))
+    beside = state(AdapterConfig("dora", 4, 2.0), attention={"method": "lora"})
+    on_inputs = state(AdapterConfig("dora", 4, 2.0, options={"norm_axis": "in"}))
+    for format in ("peft", "diffusers"):
+        assert_same(dora, read_adapter(write_adapter(dora, tmp_path / format, format)))
+        with pytest.raises(ConfigError, match=r"'lora' and 'dora' in one component \(unet\)"):
+            write_adapter(beside, tmp_path / "other", format)
+        with pytest.raises(ConfigError, match="magnitude for each input channel"):
+            write_adapter(on_inputs, tmp_path / "other", format)
+
+
 def assert_same(one: AdapterState, other: AdapterState) -> None:
-    assert one.family == other.family and one.method == other.method
+    assert one.family == other.family
     assert one.tensors.keys() == other.tensors.keys()
     for name, entry in one.tensors.items():
         assert entry.keys() == other.tensors[name].keys(), name
@@ -76,10 +160,11 @@ def test_every_format_after_the_other_keeps_the_bytes(state, tmp_path):
     }
 
 
-def test_peft_loads_its_folders(tmp_path):
+@pytest.mark.parametrize("plan", [MIXED, replace(MIXED, config=AdapterConfig("dora", 4, 2.0))], ids=["lora", "dora"])
+def test_peft_loads_its_folders(plan, tmp_path):
     from peft import PeftModel
 
-    family, models, adapters = tiny.random_adapter("sdxl", MIXED)
+    family, models, adapters = tiny.random_adapter("sdxl", plan)
     ours = tiny.predict(family, models)
     folder = write_adapter(tiny.state_of(family, adapters), tmp_path / "adapter", "peft")
     adapters.detach()
@@ -127,10 +212,17 @@ def test_unknown_keys_are_refused_by_name_and_number(state, tmp_path):
     assert "nowhere_5" not in str(caught.value)
 
 
-def test_another_methods_tensors_are_refused(state, tmp_path):
+def test_tensors_of_two_methods_on_one_layer_are_refused(state, tmp_path):
     module = next(iter(kohya.encode(state))).partition(".")[0]
-    with pytest.raises(ConfigError, match="dora_scale"):
-        read_adapter(write_with(state, tmp_path / "file.safetensors", {f"{module}.dora_scale": torch.ones(1)}))
+    with pytest.raises(ConfigError, match=r"1 of the \d+ layers .* no method: .*: lora with hada_w1_a"):
+        read_adapter(write_with(state, tmp_path / "file.safetensors", {f"{module}.hada_w1_a": torch.ones(1)}))
+
+
+def test_a_layer_with_less_than_its_method_needs_is_refused(tmp_path):
+    halves = {f"lora_unet_conv_in.hada_w1_{part}": torch.ones(1) for part in "ab"}
+    save_file(halves, tmp_path / "file.safetensors")
+    with pytest.raises(ConfigError, match=r"unet\.conv_in: loha without hada_w2_a, hada_w2_b"):
+        read_adapter(tmp_path / "file.safetensors")
 
 
 def test_half_a_layer_is_refused(state, tmp_path):

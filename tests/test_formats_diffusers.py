@@ -24,6 +24,7 @@ MIXED = AdapterPlan(
     overrides={"cross-attention": {"rank": 5, "alpha": 8.0}, "mlp.fc1": {"rank": 3, "alpha": 1.0}},
 )
 CONV_ALPHA = AdapterPlan(tiny.TARGETS, config=LORA, overrides={"convolutions": {"rank": 3, "alpha": 1.0}})
+DORA = AdapterPlan(tiny.TARGETS, config=AdapterConfig("dora", 4, 2.0))
 JOBS = {
     "sd15-kohya": ("sd15", "kohya", None, True),
     "sd15-diffusers": ("sd15", "diffusers", None, False),
@@ -33,6 +34,7 @@ JOBS = {
     "sd15-kohya-convolutions": ("sd15", "kohya", CONV_ALPHA, False),
     "sd15-kohya-mixed": ("sd15", "kohya", MIXED, False),
     "sd15-diffusers-mixed": ("sd15", "diffusers", MIXED, False),
+    "sdxl-diffusers-dora": ("sdxl", "diffusers", DORA, False),
 }
 
 

@@ -153,6 +153,30 @@ def test_an_override_of_rank_brings_its_alpha(pictures: Path, tmp_path: Path) ->
     assert {(one.config.rank, one.config.scale) for _, one in task.adapters.items()} == {(2, 1.0), (4, 1.0)}
 
 
+def test_methods_and_their_options_reach_their_layers(pictures: Path, tmp_path: Path) -> None:
+    def methods(**adapter) -> dict[str, set[str]]:
+        task = sd.build_task(config(pictures, tmp_path, adapter=adapter), torch.device("cpu"))
+        found: dict[str, set[str]] = {}
+        for name, one in task.adapters.items():
+            found.setdefault(one.method, set()).add(f"{name.rpartition('.')[2]} {dict(one.config.options)}")
+        return found
+
+    overrides = {"convolutions": {"method": "loha"}, "*.to_q": {"options": {"init": "gaussian"}}}
+    found = methods(options={"init": "pissa"}, overrides=overrides)
+    assert {name.split()[0] for name in found["loha"]} >= {"conv1", "conv2"}
+    assert all(name.endswith("{}") for name in found["loha"]), "pissa is LoRA's"
+    assert "to_q {'init': 'gaussian'}" in found["lora"] and "to_k {'init': 'pissa'}" in found["lora"]
+    for adapter, message in (
+        ({"method": "lroa"}, "unknown method 'lroa'. Did you mean .*lora"),
+        ({"options": {"inti": "pissa"}}, "no option 'inti'. Did you mean init"),
+        ({"overrides": {"attention": {"method": "loha", "options": {"init": "pissa"}}}}, "'loha' has no option 'init'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sd.build_task(config(pictures, tmp_path, adapter=adapter, model={"source": "./nowhere"}))
+    with pytest.raises(ConfigError, match="cannot hold the method 'loha': use the format 'kohya'"):
+        sd.build_task(config(pictures, tmp_path, adapter={"method": "loha"}, output={"format": "diffusers"}))
+
+
 def test_a_damaged_checkpoint_is_passed_over(pictures: Path, tmp_path: Path) -> None:
     settings = config(pictures, tmp_path)
     run = Run.create(settings.output.folder, settings.output.name, settings)
@@ -217,9 +241,9 @@ def test_the_plan_says_what_a_run_would_do(pictures: Path, tmp_path: Path) -> No
     plan = sd.plan(config(pictures, tmp_path))
     assert (plan.pictures, plan.left_out, plan.steps) == (5, 0, 4)
     assert plan.epochs == pytest.approx(4 / 3), "five pictures are three batches of at most two"
-    assert set(plan.layers) == {"attention", "convolutions", "text-encoder"}
+    assert {row.targets for row in plan.adapter.rows} == {("attention",), ("convolutions",), ("text-encoder",)}
+    assert {row.overrides for row in plan.adapter.rows} == {(), ("text_encoder*",)}, "their own rate"
     assert plan.seconds > 0 and plan.memory_bytes > 0
-    assert plan.file_bytes == 4 * plan.parameters
     assert not (tmp_path / "runs").exists()
     with pytest.raises(ConfigError, match="attnetion"):
         sd.plan(config(pictures, tmp_path, adapter={"targets": ["attnetion"]}))

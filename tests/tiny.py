@@ -172,7 +172,7 @@ def random_adapter(kind: str, plan: AdapterPlan | None = None) -> tuple[Diffusio
 
 def state_of(family: DiffusionFamily, adapters: AdapterSet) -> AdapterState:
     """The adapter as a file's content, with some metadata of a training run."""
-    return AdapterState("lora", family.name, adapters.state(), {"ss_output_name": "tiny", "ss_seed": "1"})
+    return AdapterState(family.name, adapters.state(), {"ss_output_name": "tiny", "ss_seed": "1"})
 
 
 def predict(family: DiffusionFamily, models: Models) -> torch.Tensor:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
+from textwrap import indent
 
 import psutil
 import torch
 
+from studio.adapters.report import PlanReport, plan_report, size
 from studio.data.buckets import bucket_report
-from trainers.sd_task import DiffusionTask, Sample
+from trainers.sd_task import DiffusionTask, Sample, adapter_plan
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`seconds` are for the training steps alone; `memory_bytes` is the peak of the measured step."""
+    """`adapter` says which layers are adapted and why. `seconds` are for the training steps alone; `memory_bytes`
+    is the peak of the measured step."""
 
     data: str
     buckets: str
@@ -25,27 +26,22 @@ class Plan:
     left_out: int
     steps: int
     epochs: float
-    layers: dict[str, int]
-    adapters: dict[str, int]
-    parameters: int
-    file_bytes: int
+    adapter: PlanReport
     device: str
     seconds: float
     memory_bytes: int
 
     def __str__(self) -> str:
         minutes, seconds = divmod(round(self.seconds), 60)
-        layers = ", ".join(f"{role} {count}" for role, count in self.layers.items())
-        adapters = ", ".join(f"{count} x {adapter}" for adapter, count in self.adapters.items())
         return "\n".join(
             [
                 self.data,
                 self.buckets,
-                f"Layers:  {layers}",
-                f"Adapter: {adapters}; {self.parameters:,} parameters, file of {_size(self.file_bytes)}",
+                "Adapter:",
+                indent(str(self.adapter), "  "),
                 f"Steps:   {self.steps}, which is {self.epochs:.1f} epochs",
                 f"Time:    about {minutes} min {seconds:02d} s on {self.device} by one measured step, without samples",
-                f"Memory:  {_size(self.memory_bytes)} at the peak of that step",
+                f"Memory:  {size(self.memory_bytes)} at the peak of that step",
             ]
         )
 
@@ -57,11 +53,7 @@ def make_plan(task: DiffusionTask) -> Plan:
     largest = max(epoch, key=_pixels)
     seconds, memory = _measure(task, largest)
     seconds *= sum(map(_pixels, epoch)) / len(epoch) / _pixels(largest)  # the mean batch, by its size
-    parameters = sum(parameter.numel() for parameter in task.adapters.parameters())
-    settings = Counter(
-        f"{adapter.method} rank {adapter.config.rank} alpha {adapter.config.scale * adapter.config.rank:g}"
-        for _, adapter in task.adapters.items()
-    )
+    family, models = task.family, task.models
     return Plan(
         data=task.images.report(),
         buckets=bucket_report(task.buckets),
@@ -69,27 +61,11 @@ def make_plan(task: DiffusionTask) -> Plan:
         left_out=len(task.images.left_out),
         steps=train.steps,
         epochs=train.steps * train.gradient_accumulation / len(epoch),
-        layers=_by_role(task),
-        adapters=dict(settings),
-        parameters=parameters,
-        file_bytes=parameters * 4,
+        adapter=plan_report(family.prefixes(models), adapter_plan(task.config, family, models), family.roles),
         device=str(next(task.parts["unet"].parameters()).device),
         seconds=seconds * train.steps * train.gradient_accumulation,
         memory_bytes=memory,
     )
-
-
-def _by_role(task: DiffusionTask) -> dict[str, int]:
-    """Adapted layers by the first role of the family that has them; "other" for those that none has."""
-    counts: Counter[str] = Counter()
-    for name in task.adapters.names:
-        roles = (
-            role
-            for role, expressions in task.family.roles.items()
-            if any(re.fullmatch(expression, name) for expression in expressions)
-        )
-        counts[next(roles, "other")] += 1
-    return dict(counts)
 
 
 def _pixels(batch: list[Sample]) -> int:
@@ -123,7 +99,3 @@ def _peak_memory() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from studio import paths
-from studio.adapters import AdapterConfig, AdapterPlan, inject, match_targets
-from studio.config import TrainSDConfig
+from studio.adapters import METHODS, AdapterConfig, AdapterPlan, inject, match_targets
+from studio.adapters.base import read_options
+from studio.config import MethodConfig, TrainSDConfig
 from studio.data.buckets import Size, assign_buckets, bucket_batches, bucket_report
 from studio.data.cache import TensorCache
 from studio.data.images import ImageFolder, ImageItem
@@ -23,7 +26,7 @@ from studio.diffusion.prompts import plain
 from studio.diffusion.sheets import sheet
 from studio.errors import ConfigError
 from studio.families.base import Conditioning, DiffusionFamily, Models
-from studio.formats import check_names, write_adapter
+from studio.formats import check_layers, write_adapter
 from studio.formats.state import AdapterState
 from studio.runs import Run
 from studio.seeds import sample_generator, seed_of
@@ -42,6 +45,21 @@ class Sample:
     place: int
 
 
+def adapter_settings(adapter: MethodConfig) -> tuple[AdapterConfig, dict[str, dict[str, Any]]]:
+    """The settings of all layers, and pattern -> what differs there. An override's method has its own options.
+
+    Raises ConfigError for a method or an option that is not there; needs no base.
+    """
+    settings = AdapterConfig(
+        adapter.method, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, options=adapter.options
+    )
+    overrides = {pattern: one.model_dump(exclude_none=True) for pattern, one in adapter.overrides.items()}
+    overrides = {pattern: {"options": {}, **one} if "method" in one else one for pattern, one in overrides.items()}
+    for one in (settings, *(replace(settings, **changes) for changes in overrides.values())):
+        read_options(METHODS[one.method], one.options)
+    return settings, overrides
+
+
 def adapter_plan(config: TrainSDConfig, family: DiffusionFamily, models: Models) -> AdapterPlan:
     """The layers and settings that the config asks for.
 
@@ -51,8 +69,7 @@ def adapter_plan(config: TrainSDConfig, family: DiffusionFamily, models: Models)
     targets = tuple(adapter.targets) or family.default_targets
     if adapter.train_text_encoder:
         targets += ("text-encoder",)
-    settings = AdapterConfig(adapter.method, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora)
-    overrides = {pattern: one.model_dump(exclude_none=True) for pattern, one in adapter.overrides.items()}
+    settings, overrides = adapter_settings(adapter)
     plan = AdapterPlan(targets, tuple(adapter.exclude), settings, overrides)
     if rate is None:
         return plan
@@ -77,7 +94,8 @@ class DiffusionTask(Task[Sample]):
         self.adapters = inject(
             family.prefixes(models), adapter_plan(config, family, models), family.roles, config.train.seed
         )
-        check_names(self.adapters.names, family.name, config.output.format)
+        exported = {name: adapter.export() for name, adapter in self.adapters.items()}
+        check_layers(exported, family.name, config.output.format)
         self.trains_text = any(not name.startswith("unet.") for name in self.adapters.names)
         cache = TensorCache(paths.cache())
         self._images = EncodedImages(family, models, cache)
@@ -204,7 +222,7 @@ class DiffusionTask(Task[Sample]):
     def state(self, step: int) -> AdapterState:
         """The adapters with the metadata of this run."""
         metadata = training_metadata(self.config, self.family, self.models, self.images, step)
-        return AdapterState(self.config.adapter.method, self.family.name, self.adapters.state(), metadata)
+        return AdapterState(self.family.name, self.adapters.state(), metadata)
 
     def save(self, path: Path, step: int) -> Path:
         return write_adapter(self.state(step), path, self.config.output.format)
@@ -212,10 +230,9 @@ class DiffusionTask(Task[Sample]):
     def describe(self) -> str:
         """Layers, parameters and buckets, as lines for the log."""
         count = sum(parameter.numel() for parameter in self.adapters.parameters())
-        return (
-            f"{self.config.adapter.method} of rank {self.config.adapter.rank} on {len(self.adapters.names)} layers, "
-            f"{count:,} parameters\n{bucket_report(self.buckets)}"
-        )
+        layers = Counter(f"{one.config.method} of rank {one.config.rank}" for _, one in self.adapters.items())
+        named = ", ".join(f"{name} on {number} layers" for name, number in layers.items())
+        return f"{named}; {count:,} parameters\n{bucket_report(self.buckets)}"
 
 
 def _spread(things: list[Path], count: int) -> list[Path]:

@@ -17,20 +17,25 @@ WORDS = (
     *("input_blocks", "middle_block", "output_blocks", "in_layers", "out_layers", "emb_layers"),
     *("skip_connection", "time_embed", "label_emb"),
     *("text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "text_projection"),
+    *("conv_norm_out", "layer_norm1", "layer_norm2", "final_layer_norm", "token_embedding", "position_embedding"),
 )
 _SEGMENT = re.compile(rf"(?:{'|'.join(WORDS)})(?=_|$)|[^_]+")
 
-_ATTENTIONS = (
-    r"attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2)))"
-)
-_RESNETS = r"resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)"
+_TRANSFORMER = r"transformer_blocks\.\d+\.(attn[12]\.to_([qkv]|out\.0)|ff\.net\.(0\.proj|2)|norm[123])"
+_ATTENTIONS = rf"attentions\.\d+\.(norm|proj_in|proj_out|{_TRANSFORMER})"
+_RESNETS = r"resnets\.\d+\.(norm1|conv1|norm2|conv2|conv_shortcut|time_emb_proj)"
 UNET_LAYER = re.compile(
     rf"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.({_ATTENTIONS}|{_RESNETS}|(down|up)samplers\.\d+\.conv)"
-    r"|(time|add)_embedding\.linear_[12]|conv_in|conv_out"
+    r"|(time|add)_embedding\.linear_[12]|conv_in|conv_norm_out|conv_out"
 )
-TEXT_LAYER = re.compile(r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])|text_projection")
+TEXT_LAYER = re.compile(
+    r"text_model\.(encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12])|final_layer_norm"
+    r"|embeddings\.(token|position)_embedding)|text_projection"
+)
 
 _RESNET_PARTS = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
@@ -42,6 +47,7 @@ _OUTSIDE_BLOCKS = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 

@@ -1,11 +1,11 @@
 """Adapter files: one hub type, `AdapterState`; each format reads and writes it.
 
-A new format is one module with `recognises`, `has_name`, `read` and `write`, and one line in `FORMATS`.
+A new format is one module with `recognises`, `has_name`, `objection`, `read` and `write`, and one line in
+`FORMATS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,11 +13,12 @@ from studio.errors import ConfigError, nearest
 from studio.formats import diffusers, kohya, peft
 from studio.formats.files import load_keys
 from studio.formats.hub import locate
+from studio.formats.reading import Entries
 from studio.formats.state import AdapterState
 
 FORMATS: dict[str, ModuleType] = {"kohya": kohya, "diffusers": diffusers, "peft": peft}
 
-__all__ = ["FORMATS", "AdapterState", "adapter_path", "check_names", "format_of", "read_adapter", "write_adapter"]
+__all__ = ["FORMATS", "AdapterState", "adapter_path", "check_layers", "format_of", "read_adapter", "write_adapter"]
 
 
 def read_adapter(source: str | Path) -> AdapterState:
@@ -33,29 +34,31 @@ def read_adapter(source: str | Path) -> AdapterState:
 def write_adapter(state: AdapterState, path: str | Path, format: str = "kohya") -> Path:
     """Writes the adapter and returns where: a `.safetensors` file, or a folder for "peft".
 
-    Files are written whole or not at all. Raises ConfigError for an unknown format, and for layers
-    that the format has no names for.
+    Files are written whole or not at all. Raises ConfigError as `check_layers` does.
     """
-    check_names(state.tensors, state.family, format)
+    check_layers(state.tensors, state.family, format)
     name = str(path).removesuffix(".safetensors")
     target = Path(name if format == "peft" else f"{name}.safetensors")
     FORMATS[format].write(state, target)
     return target
 
 
-def check_names(names: Iterable[str], family: str, format: str) -> None:
-    """Raises ConfigError for an unknown format, or where it has no names for some of the layers.
+def check_layers(layers: Entries, family: str, format: str) -> None:
+    """Raises ConfigError for an unknown format, or where it has no names for some layers or cannot hold their methods.
 
-    For before training: what this accepts, `write_adapter` can write.
+    `layers` maps full layer names to what their adapters export. For before training: what this accepts,
+    `write_adapter` can write.
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown format '{format}'.{nearest(format, FORMATS)} Formats: {', '.join(FORMATS)}")
-    nameless = [name for name in names if not FORMATS[format].has_name(name, family)]
+    nameless = [name for name in layers if not FORMATS[format].has_name(name, family)]
     if nameless:
         raise ConfigError(
             f"the format '{format}' has no names for {len(nameless)} of the layers: {', '.join(nameless[:5])}. "
             "Choose other targets."
         )
+    if objection := FORMATS[format].objection(layers):
+        raise ConfigError(f"the format '{format}' cannot hold {objection}: use the format 'kohya'")
 
 
 def adapter_path(source: str | Path) -> Path:

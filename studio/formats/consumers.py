@@ -6,19 +6,18 @@ file and a base to the keys that the tool would apply; a tool that refuses a fil
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.adapters import describe
-from studio.adapters.targets import named_layers
+from studio.adapters import METHODS, LayerSpec
 from studio.families.base import DiffusionFamily, Models
-from studio.families.keys import LDMNames, flatten
-from studio.formats import peft
-from studio.formats.files import opened
+from studio.families.keys import flatten
+from studio.formats.peft import SUFFIXES
+from studio.formats.reading import ALPHA, DOWN, MAGNITUDE, UP
+from studio.formats.subjects import Base, File, Specs, read_file, read_folder, variant
 
 
 @dataclass(frozen=True)
@@ -34,146 +33,83 @@ class ConsumerReport:
 def check_file(path: str | Path, family: DiffusionFamily, models: Models | None = None) -> list[ConsumerReport]:
     """One report for each tool that reads this kind of file: PEFT for a folder, the four others for a file.
 
-    A key counts as used where the tool's names lead it to a layer of its shape. `models` is the base
-    that the adapter is for; without it, the family's published full-size one.
+    A key counts as used where the tool's names lead it to a layer that it fits, and the tool knows the
+    method. `models` is the base that the adapter is for; without it, the family's published full-size one.
     """
     path = Path(path)
-    file, rules = (_folder(path), {"peft": _peft}) if path.is_dir() else (_file(path), RULES)
-    base = Base(family, models or family.reference(_variant(file)))
+    file, rules = (read_folder(path), {"peft": _peft}) if path.is_dir() else (read_file(path), RULES)
+    base = Base(family, models or family.reference(variant(file)))
     reports = []
     for consumer, rule in rules.items():
         used = rule(file, base)
-        unused = tuple(key for key in file.shapes if key not in used)
-        reports.append(ConsumerReport(consumer, len(file.shapes) - len(unused), len(file.shapes), unused))
+        unused = tuple(key for key in file.tensors if key not in used)
+        reports.append(ConsumerReport(consumer, len(file.tensors) - len(unused), len(file.tensors), unused))
     return reports
 
 
-@dataclass(frozen=True)
-class File:
-    """Shapes by key, in the file's order, and the values of the `.alpha` keys."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    alphas: Mapping[str, float]
+def _pair(up: str, down: str) -> dict[str, str]:
+    """The spelling of a LoRA whose factors' keys end so."""
+    return {up: UP, down: DOWN, ".alpha": ALPHA, ".dora_scale": MAGNITUDE}
 
 
-def _file(path: Path) -> File:
-    with opened(path) as file:
-        keys = list(file.keys())
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-        return File(shapes, {key: float(file.get_tensor(key)) for key in keys if key.endswith(".alpha")})
+def _spelled(methods: Iterable[str]) -> dict[str, str]:
+    """kohya's and LyCORIS's spelling of these methods, which is ours."""
+    suffixes = frozenset().union(*(METHODS[name].needed | METHODS[name].optional for name in methods))
+    return {f".{suffix}": suffix for suffix in sorted(suffixes)}
 
 
-def _folder(path: Path) -> File:
-    """A PEFT adapter as one file, its keys after "component/"."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for component, folder in peft.folders(path).items():
-        shapes |= {f"{component}/{key}": shape for key, shape in _file(folder / peft.WEIGHTS).shapes.items()}
-    return File(shapes, {})
-
-
-def _variant(file: File) -> str:
-    """Stable Diffusion 2's U-Net reads text of width 1024, and its text encoder has 23 layers, 1's 12."""
-    for key, shape in file.shapes.items():
-        if re.search(r"attn2[._]to_[kv]\b.*(down|lora_A)", key):
-            return "sd2" if shape[1] == 1024 else "sd1"
-    return "sd2" if any(re.search(r"encoder[._]layers[._](1[2-9]|2\d)[._]", key) for key in file.shapes) else "sd1"
-
-
-Shapes = dict[str, tuple[int, ...]]  # a name -> the weight shape of the layer it means
-
-
-class Base:
-    """The layers of a base by component: path -> weight shape."""
-
-    def __init__(self, family: DiffusionFamily, models: Models) -> None:
-        self.components: dict[str, Shapes] = {component: {} for component in family.components}
-        for name, layer in named_layers(family.prefixes(models)).items():
-            component, _, path = name.partition(".")
-            self.components[component][path] = describe(layer).weight_shape  # type: ignore[union-attr]
-        self.unet = self.components["unet"]
-        names = LDMNames(models.parts["unet"].config)
-        self.unet_ldm = {ldm: shape for path, shape in self.unet.items() if (ldm := names.to_ldm(path)) is not None}
-        self.is_xl = "text_encoder_2" in self.components
-        # the layers that tools have names for: not the embeddings, nor the projection
-        self.encoders = {
-            component: {path: shape for path, shape in layers.items() if ".layers." in path}
-            for component, layers in self.components.items()
-            if component != "unet"
-        }
-
-    def kohya_encoders(self) -> Shapes:
-        """The text encoders' layers by their kohya names."""
-        numbers = {"text_encoder": "1" if self.is_xl else "", "text_encoder_2": "2"}
-        return {
-            f"lora_te{numbers[component]}_{flatten(path)}": shape
-            for component, layers in self.encoders.items()
-            for path, shape in layers.items()
-        }
-
-
-# (up, down) endings of a LoRA; the module is what stands before
-_KOHYA_PAIR = (".lora_up.weight", ".lora_down.weight")
-_PEFT_PAIR = (".lora_B.weight", ".lora_A.weight")
-_DIFFUSERS_PAIR = (".lora.up.weight", ".lora.down.weight")
-_PROCESSOR_PAIR = ("_lora.up.weight", "_lora.down.weight")
-_ENCODER_PAIR = (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight")
+_LORA = ("dora", "lora")
+_MAGNITUDE = ".lora_magnitude_vector.weight"
+_KOHYA_PAIR = _pair(".lora_up.weight", ".lora_down.weight")
+_PEFT_PAIR = _pair(".lora_B.weight", ".lora_A.weight")
+_DIFFUSERS_PAIR = _pair(".lora.up.weight", ".lora.down.weight")
+_PROCESSOR_PAIR = _pair("_lora.up.weight", "_lora.down.weight")
+_ENCODER_PAIR = _pair(".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight")
 _COMFYUI_PAIRS = (
-    *(_KOHYA_PAIR, _PROCESSOR_PAIR, _PEFT_PAIR, _DIFFUSERS_PAIR, _ENCODER_PAIR),
-    (".lora_B", ".lora_A"),
-    (".lora_B.default.weight", ".lora_A.default.weight"),
+    *(_PROCESSOR_PAIR, _PEFT_PAIR, _DIFFUSERS_PAIR, _ENCODER_PAIR),
+    _pair(".lora_B", ".lora_A"),
+    _pair(".lora_B.default.weight", ".lora_A.default.weight"),
 )
+_COMFYUI_METHODS = ("dora", "tucker", "lora", "loha", "lokr", "oft", "diff", "bias", "norm")
+_A1111_METHODS = ("dora", "tucker", "lora", "loha", "ia3", "lokr", "diff", "norm", "oft")
 
 
-def _applied(file: File, modules: Shapes, *pairs: tuple[str, str]) -> set[str]:
-    """The keys of `modules` that have both factors of a pair, of fitting shapes, with alpha and dora_scale."""
-    used: set[str] = set()
-    for module, shape in modules.items():
-        for up, down in pairs:
-            if _fits(file.shapes.get(module + up), file.shapes.get(module + down), shape):
-                used |= file.shapes.keys() & {module + up, module + down, f"{module}.alpha", f"{module}.dora_scale"}
-    return used
-
-
-def _fits(up: tuple[int, ...] | None, down: tuple[int, ...] | None, weight: tuple[int, ...]) -> bool:
-    if not up or not down:
-        return False
-    rank = down[0]
-    return math.prod(up) == weight[0] * rank and math.prod(down) == rank * math.prod(weight[1:])
-
-
-def _flat(prefix: str, layers: Shapes) -> Shapes:
-    return {prefix + flatten(path): shape for path, shape in layers.items()}
+def _flat(prefix: str, layers: Specs) -> Specs:
+    return {prefix + flatten(path): spec for path, spec in layers.items()}
 
 
 def _kohya(file: File, base: Base) -> set[str]:
-    """sd-scripts makes its modules inside attention and ResNet blocks and samplers, and passes over other keys.
+    """sd-scripts makes LoRA modules inside attention and ResNet blocks and samplers, and passes over other keys.
 
-    For SDXL it has LDM's names, and translates diffusers'.
+    For SDXL it has LDM's names, and translates diffusers'. Other methods need other network modules
+    than its own for LoRA (LyCORIS's), which are not counted.
     """
     modules = _flat("lora_unet_", base.unet) | (_flat("lora_unet_", base.unet_ldm) if base.is_xl else {})
     outside = re.compile(r"lora_unet_(conv_|time_embed|add_embedding|label_emb|input_blocks_0_|out_)")
-    modules = {module: shape for module, shape in modules.items() if not outside.match(module)}
-    return _applied(file, modules | base.kohya_encoders(), _KOHYA_PAIR) - _dora_scales(file)
-
-
-def _dora_scales(file: File) -> set[str]:
-    return {key for key in file.shapes if key.endswith(".dora_scale")}
+    modules = {module: spec for module, spec in modules.items() if not outside.match(module)}
+    return file.applied(modules | base.kohya_encoders(), _KOHYA_PAIR, ["lora"])
 
 
 def _comfyui(file: File, base: Base) -> set[str]:
-    """ComfyUI knows a layer by several aliases; attention layers by their dotted name only as `.processor.to_q`."""
+    """ComfyUI knows a layer by several aliases; attention layers by their dotted name only as `.processor.to_q`.
+
+    The methods are LyCORIS's but IA3. Magnitudes without a second dimension break on layers that are not square.
+    """
     modules = _flat("lora_unet_", base.unet) | _flat("lycoris_", base.unet) | _flat("lora_unet_", base.unet_ldm)
-    modules |= {f"diffusion_model.{path}": shape for path, shape in base.unet_ldm.items()}
-    processors = {_processor(path): shape for path, shape in base.unet.items()}
-    modules |= processors | {f"unet.{path}": shape for path, shape in processors.items()}
+    modules |= {f"diffusion_model.{path}": spec for path, spec in base.unet_ldm.items()}
+    processors = {_processor(path): spec for path, spec in base.unet.items()}
+    modules |= processors | {f"unet.{path}": spec for path, spec in processors.items()}
     for component, prefixes in {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}.items():
         layers = base.encoders.get(component, {})
-        modules |= {f"{component}.{path}": shape for path, shape in layers.items()}
+        modules |= {f"{component}.{path}": spec for path, spec in layers.items()}
         for prefix in prefixes:
             modules |= _flat(prefix, layers)
     if base.is_xl:
         modules["lora_te2_text_projection"] = base.components["text_encoder_2"]["text_projection"]
-    return _applied(file, modules, *_COMFYUI_PAIRS)
+    used = file.applied(modules, _spelled(_COMFYUI_METHODS), _COMFYUI_METHODS)
+    for pair in _COMFYUI_PAIRS:
+        used |= file.applied(modules, pair, _LORA)
+    return {key for key in used if not (key.endswith(".dora_scale") and file.tensors[key].ndim < 2)}
 
 
 def _processor(path: str) -> str:
@@ -183,42 +119,62 @@ def _processor(path: str) -> str:
 
 
 def _a1111(file: File, base: Base) -> set[str]:
-    """A1111 translates diffusers' flattened names to LDM's, and takes LDM's as they are; kohya's endings only."""
-    translated = {path: shape for path, shape in base.unet.items() if not path.startswith("add_embedding")}
+    """A1111 translates diffusers' flattened names to LDM's, and takes LDM's as they are; kohya's endings only.
+
+    It refuses a file with a layer of its own whose endings are those of no method that it has. IA3's
+    gate never acts on the bias there.
+    """
+    foreign = ("add_embedding", "conv_norm_out")
+    translated = {path: spec for path, spec in base.unet.items() if not path.startswith(foreign)}
     modules = _flat("lora_unet_", translated) | _flat("lora_unet_", base.unet_ldm) | base.kohya_encoders()
-    return _applied(file, modules, _KOHYA_PAIR)
+    suffixes: dict[str, set[str]] = {}
+    for module, _, suffix in (key.partition(".") for key in file.tensors):
+        suffixes.setdefault(module, set()).add(suffix)
+    if not all(_of_one(suffixes[module], _A1111_METHODS) for module in suffixes.keys() & modules.keys()):
+        return set()  # "Could not find a module type that would accept those keys"
+    used = file.applied(modules, _spelled(_A1111_METHODS), _A1111_METHODS)
+    return {key for key in used if not key.endswith(".on_bias")}
+
+
+def _of_one(suffixes: set[str], methods: Iterable[str]) -> bool:
+    """Whether the suffixes are enough for one of the methods; it passes over others."""
+    known = (METHODS[name] for name in methods)
+    return any(method.owns(frozenset(suffixes & (method.needed | method.optional))) for method in known)
 
 
 def _diffusers(file: File, base: Base) -> set[str]:
     """diffusers reads kohya's names when all keys have them, and its own otherwise."""
-    if all(key.startswith(("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")) for key in file.shapes):
+    if all(key.startswith(("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")) for key in file.tensors):
         return _diffusers_from_kohya(file, base)
-    if not all("lora" in key for key in file.shapes):
+    if not all("lora" in key for key in file.tensors):
         return set()  # "Invalid LoRA checkpoint"
     used: set[str] = set()
     for component, layers in base.encoders.items():
-        spellings = {f"{component}.{path}": shape for path, shape in _spellings(layers)}
-        used |= _applied(file, spellings, _ENCODER_PAIR, _PEFT_PAIR)
-    unet = {f"unet.{path}": shape for path, shape in base.unet.items()}
-    used |= _applied(file, unet, _PEFT_PAIR)
+        spellings = {f"{component}.{path}": spec for path, spec in _spellings(layers)}
+        for pair in (_ENCODER_PAIR, _PEFT_PAIR):
+            used |= file.applied(spellings, {**pair, _MAGNITUDE: MAGNITUDE}, _LORA)
+    unet = {f"unet.{path}": spec for path, spec in base.unet.items()}
+    magnitudes = {_MAGNITUDE: MAGNITUDE, _MAGNITUDE.removesuffix(".weight"): MAGNITUDE}
+    used |= file.applied(unet, _PEFT_PAIR | magnitudes, _LORA)
     # the first U-Net key decides for all: with PEFT's endings, keys with diffusers' are not translated
-    if "lora_A" not in next((key for key in file.shapes if key.startswith("unet.")), ""):
-        processors = {_processor(path): shape for path, shape in unet.items()}
-        used |= _applied(file, unet, _DIFFUSERS_PAIR) | _applied(file, processors, _PROCESSOR_PAIR)
+    if "lora_A" not in next((key for key in file.tensors if key.startswith("unet.")), ""):
+        processors = {_processor(path): spec for path, spec in unet.items()}
+        used |= file.applied(unet, _DIFFUSERS_PAIR | magnitudes, _LORA)
+        used |= file.applied(processors, _PROCESSOR_PAIR, ["lora"])
     return used
 
 
-def _spellings(layers: Shapes) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _spellings(layers: Specs) -> Iterator[tuple[str, LayerSpec]]:
     """Text-encoder paths with `text_model.` and without, which diffusers makes fit the installed transformers."""
-    for path, shape in layers.items():
-        yield path, shape
-        yield path.removeprefix("text_model."), shape
+    for path, spec in layers.items():
+        yield path, spec
+        yield path.removeprefix("text_model."), spec
 
 
 def _diffusers_from_kohya(file: File, base: Base) -> set[str]:
-    if not all(key.endswith((*_KOHYA_PAIR, ".alpha", ".dora_scale")) for key in file.shapes):
+    if not all(key.endswith(tuple(_KOHYA_PAIR)) for key in file.tensors):
         return set()  # "keys have not been correctly renamed"
-    is_mixed = len({bool(_LDM_BLOCK.search(key)) for key in file.shapes if _UNET_BLOCK.search(key)}) > 1
+    is_mixed = len({bool(_LDM_BLOCK.search(key)) for key in file.tensors if _UNET_BLOCK.search(key)}) > 1
     # block names of LDM are translated for SDXL only, and left out where diffusers' stand beside them
     modules = _flat("lora_unet_", base.unet)
     if base.is_xl and not is_mixed:
@@ -227,7 +183,7 @@ def _diffusers_from_kohya(file: File, base: Base) -> set[str]:
         prefixes = ("lora_te2_",) if component == "text_encoder_2" else ("lora_te_", "lora_te1_")
         for prefix in prefixes:
             modules |= _flat(prefix, dict(_spellings(layers)))
-    return _applied(file, modules, _KOHYA_PAIR) - _dora_scales(file) - _misread_alphas(file)
+    return file.applied(modules, _KOHYA_PAIR, ["lora"]) - _misread_alphas(file)  # it drops `dora_scale`
 
 
 _LDM_BLOCK = re.compile("input_blocks|middle_block|output_blocks")
@@ -238,8 +194,9 @@ def _misread_alphas(file: File) -> set[str]:
     """The alphas that diffusers replaces: where they differ within a component, it gives all layers the most
     frequent one, and its exceptions do not reach attention layers nor text encoders (measured on 0.42.1)."""
     by_prefix: dict[str, dict[str, float]] = {}
-    for key, alpha in file.alphas.items():
-        by_prefix.setdefault(key.split("_")[1], {})[key] = alpha
+    for key, tensor in file.tensors.items():
+        if key.endswith(".alpha"):
+            by_prefix.setdefault(key.split("_")[1], {})[key] = float(tensor)
     lost = set()
     for own in by_prefix.values():
         common = Counter(own.values()).most_common(1)[0][0]
@@ -249,11 +206,11 @@ def _misread_alphas(file: File) -> set[str]:
 
 def _peft(file: File, base: Base) -> set[str]:
     """PEFT applies the keys whose path is a module of the component; "" where the folder names none."""
-    modules: Shapes = {}
-    for component in {key.partition("/")[0] for key in file.shapes}:
+    modules: Specs = {}
+    for component in {key.partition("/")[0] for key in file.tensors}:
         for layers in [base.components[component]] if component else base.components.values():
-            modules |= {f"{component}/base_model.model.{path}": shape for path, shape in _spellings(layers)}
-    return _applied(file, modules, _PEFT_PAIR)
+            modules |= {f"{component}/base_model.model.{path}": spec for path, spec in _spellings(layers)}
+    return file.applied(modules, {f".{suffix}": ours for suffix, ours in SUFFIXES.items()}, _LORA)
 
 
 RULES = {"diffusers": _diffusers, "kohya sd-scripts": _kohya, "ComfyUI": _comfyui, "A1111": _a1111}

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from studio.formats import FORMATS, adapter_path, format_of
-from studio.formats.reading import ALPHA, DOWN
+from studio.formats.reading import ALPHA, rank_of
 
 
 def describe_adapter(source: str | Path) -> dict[str, Any]:
     """A summary that goes into JSON as it is.
 
-    `ranks` and `alphas` count layers by value, most frequent first; `layers` counts them by component;
-    `parameters` leaves alphas out. Raises ConfigError as `read_adapter` does.
+    `method` names all methods, the most frequent first; `ranks` and `alphas` count the layers that have one
+    by value; `layers` counts them by component; `parameters` leaves alphas out. Raises ConfigError as
+    `read_adapter` does.
     """
     path = adapter_path(source)
     format = format_of(path)
@@ -23,11 +24,11 @@ def describe_adapter(source: str | Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "format": format,
-        "method": state.method,
+        "method": ", ".join(state.methods),
         "family": state.family,
         "layers": dict(Counter(name.partition(".")[0] for name in state.tensors)),
-        "ranks": _counts(entry[DOWN].shape[0] for entry in state.tensors.values()),
-        "alphas": _counts(float(entry[ALPHA]) for entry in state.tensors.values()),
+        "ranks": _counts(rank for entry in state.tensors.values() if (rank := rank_of(entry))),
+        "alphas": _counts(float(entry[ALPHA]) for entry in state.tensors.values() if ALPHA in entry),
         "parameters": sum(tensor.numel() for tensor in factors),
         "dtypes": _counts(str(tensor.dtype).removeprefix("torch.") for tensor in factors),
         "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) or path.stat().st_size,

@@ -1,7 +1,8 @@
 """diffusers' file for `pipeline.load_lora_weights`: one `.safetensors`, one naming, alpha in the metadata.
 
-Keys are `unet.<module>.lora.down.weight` and `text_encoder.<module>.lora_linear_layer.down.weight`. No key holds
-alpha: without `lora_adapter_metadata`, for every component, diffusers would take alpha = rank.
+Keys are `unet.<module>.lora.down.weight` and `text_encoder.<module>.lora_linear_layer.down.weight`, with
+`lora_magnitude_vector.weight` beside them for DoRA (transformers loads it under that name alone). No key
+holds alpha: without `lora_adapter_metadata`, for every component, diffusers would take alpha = rank.
 """
 
 from __future__ import annotations
@@ -18,16 +19,23 @@ from studio.errors import ConfigError
 from studio.families.keys import known_layer
 from studio.formats.files import load_tensors, save_tensors
 from studio.formats.metadata import with_hashes
-from studio.formats.peft import COMPONENTS, alpha_of, by_component, lora_config
+from studio.formats.peft import COMPONENTS, alpha_of, by_component, lora_config, magnitude_from_peft, peft_entry
 from studio.formats.peft import has_name as has_name  # both write dotted names of the same layers
-from studio.formats.reading import ALPHA, DOWN, UP, lora_state, unknown_keys
+from studio.formats.peft import objection as objection  # diffusers loads with PEFT
+from studio.formats.reading import ALPHA, DOWN, MAGNITUDE, UP, adapter_state, unknown_keys
 from studio.formats.state import AdapterState
 
 CONFIG_KEY = "lora_adapter_metadata"
 _KEY = re.compile(
     rf"(?P<component>{'|'.join(COMPONENTS)})\.(?P<path>.+)"
-    r"\.(?P<suffix>(lora|lora_linear_layer)\.(down|up)|lora_[AB])\.weight"
+    r"\.(?P<suffix>(lora|lora_linear_layer)\.(down|up)\.weight|lora_[AB]\.weight|lora_magnitude_vector(\.weight)?)"
 )
+
+_INFIXED = {
+    "lora_A.weight": "{}.down.weight",
+    "lora_B.weight": "{}.up.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector.weight",
+}
 
 
 def recognises(keys: Iterable[str]) -> bool:
@@ -46,8 +54,8 @@ def encode(state: AdapterState) -> tuple[dict[str, Tensor], str]:
     for component, layers in by_component(state.tensors).items():
         infix = "lora" if component == "unet" else "lora_linear_layer"
         for path, entry in layers.items():
-            tensors[f"{component}.{path}.{infix}.down.weight"] = entry[DOWN]
-            tensors[f"{component}.{path}.{infix}.up.weight"] = entry[UP]
+            for suffix, tensor in peft_entry(entry).items():
+                tensors[f"{component}.{path}.{_INFIXED[suffix].format(infix)}"] = tensor
         own = lora_config({path.removeprefix("text_model."): entry for path, entry in layers.items()})
         config |= {f"{component}.{field}": value for field, value in own.items()}
     return tensors, json.dumps(config, indent=2, sort_keys=True)
@@ -67,7 +75,9 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: s
         name = f"{match['component']}.{path}" if match else ""
         if match is None or not known_layer(name):
             unknown.append(key)
-        elif match["suffix"].endswith(("down", "lora_A")):
+        elif match["suffix"].startswith("lora_magnitude_vector"):
+            named[name, MAGNITUDE] = magnitude_from_peft(tensor)
+        elif match["suffix"].endswith(("down.weight", "lora_A.weight")):
             own = _below(config, match["component"])
             named[name, DOWN] = tensor
             named[name, ALPHA] = alpha_of(path, tensor.shape[0], own)
@@ -75,7 +85,7 @@ def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: s
             named[name, UP] = tensor
     if unknown:
         raise unknown_keys(unknown, len(tensors), source)
-    return lora_state(named, metadata, source)
+    return adapter_state(named, metadata, source)
 
 
 def _below(config: Mapping[str, Any], component: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """kohya's file: what sd-scripts, ComfyUI, A1111 and diffusers all read. One `.safetensors`.
 
 A module is the flattened layer name after a prefix for its component. Stable Diffusion 1 and 2 keep
-diffusers' names; SDXL has LDM's for the U-Net, because sd-scripts trains its own.
+diffusers' names; SDXL has LDM's for the U-Net, because sd-scripts trains its own. What stands after the
+first dot is the method's own suffix, as kohya and LyCORIS write it: the format holds every method.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from studio.families.keys import LDMNames, flatten, known_layer, unflatten
 from studio.families.sdxl import SDXL_UNET
 from studio.formats.files import load_tensors, save_tensors
 from studio.formats.metadata import with_hashes
-from studio.formats.reading import LORA_SUFFIXES, lora_state, unknown_keys
+from studio.formats.reading import Entries, adapter_state, known_suffixes, unknown_keys
 from studio.formats.state import AdapterState
 
 PREFIXES = {
@@ -65,6 +66,11 @@ def has_name(name: str, family: str) -> bool:
     return module_name(name, family) is not None
 
 
+def objection(layers: Entries) -> str:
+    """What the format cannot hold of these layers: nothing, whatever their methods."""
+    return ""
+
+
 def encode(state: AdapterState) -> dict[str, Tensor]:
     """File key -> tensor, for layers that have a name."""
     return {
@@ -76,18 +82,19 @@ def encode(state: AdapterState) -> dict[str, Tensor]:
 
 def decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], source: str) -> AdapterState:
     """The state in a file's keys. Raises ConfigError for unknown keys, naming the first five."""
+    suffixes = known_suffixes()
     named, unknown = {}, []
     for key, tensor in tensors.items():
         module, _, suffix = key.partition(".")
         name = layer_name(module)
-        if name is None or suffix not in LORA_SUFFIXES:
+        if name is None or suffix not in suffixes:
             unknown.append(key)
         else:
             named[name, suffix] = tensor
     if unknown:
         raise unknown_keys(unknown, len(tensors), source)
     of_xl = any(key.startswith(("lora_te1_", "lora_te2_")) or _LDM_MODULE.match(key) for key in tensors)
-    return lora_state(named, metadata, source, "sdxl" if of_xl else None)
+    return adapter_state(named, metadata, source, "sdxl" if of_xl else None)
 
 
 def write(state: AdapterState, path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from studio.formats.reading import ALPHA, DOWN, text_width
+from studio.formats.reading import ALPHA, rank_of, text_width
 from studio.formats.state import AdapterState
 
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -49,7 +49,7 @@ def describing(state: AdapterState) -> dict[str, str]:
         "ss_v2": str("_v2" in version),
         "ss_base_model_version": version,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/{state.method}",
+        "modelspec.architecture": f"{architecture}/lora",  # sd-scripts says so of every method
         "modelspec.implementation": _implementation(state.family),
         "modelspec.title": given.get("ss_output_name", "adapter"),
         "modelspec.resolution": f"{side}x{side}",
@@ -71,27 +71,50 @@ def _implementation(family: str) -> str:
 
 
 def _network(state: AdapterState) -> dict[str, str]:
-    """What sd-scripts needs to build the network: module, rank, alpha, and those of the convolutions."""
+    """What sd-scripts needs to build the network: module, rank, alpha, and arguments of the module."""
     linear: list[tuple[int, float]] = []
     convolutions: list[tuple[int, float]] = []
     for entry in state.tensors.values():
-        down = entry[DOWN]
-        is_convolution = down.ndim > 2 and max(down.shape[2:]) > 1
-        (convolutions if is_convolution else linear).append((down.shape[0], float(entry[ALPHA])))
-    args = {}
+        if (rank := rank_of(entry)) is not None and ALPHA in entry:
+            kernel = max((size for tensor in entry.values() for size in tensor.shape[2:]), default=1)
+            (convolutions if kernel > 1 else linear).append((rank, float(entry[ALPHA])))
+    module, args = _module(state.methods)
     if convolutions:
-        args = {"conv_dim": _common(convolutions, 0), "conv_alpha": _common(convolutions, 1)}
+        args |= {"conv_dim": _common(convolutions, 0), "conv_alpha": _common(convolutions, 1)}
     return {
-        "ss_network_module": "networks.lora",
+        "ss_network_module": module,
         "ss_network_dim": _common(linear or convolutions, 0),
         "ss_network_alpha": _common(linear or convolutions, 1),
         "ss_network_args": json.dumps(args),
     }
 
 
+_LYCORIS = {
+    "norm": {"train_norm": "True"},
+    "dora": {"algo": "lora", "dora_wd": "True"},
+    "tucker": {"algo": "lora", "use_tucker": "True"},
+    "diff": {"algo": "full"},
+    "oft": {"algo": "diag-oft"},
+    **{method: {"algo": method} for method in ("lora", "loha", "lokr", "ia3", "boft")},
+}
+
+
+def _module(methods: Mapping[str, int]) -> tuple[str, dict[str, str]]:
+    """(sd-scripts' network module, its arguments): its own for LoRA, LyCORIS's, or ours for what neither has."""
+    if set(methods) <= {"lora"}:
+        return "networks.lora", {}
+    if not set(methods) <= _LYCORIS.keys():
+        return "studio.adapters", {"algo": ", ".join(methods)}
+    args: dict[str, str] = {}
+    for method in reversed(list(methods)):  # the algorithm is that of the most layers
+        args |= _LYCORIS[method]
+    return "lycoris.kohya", args
+
+
 def _common(settings: list[tuple[int, float]], place: int) -> str:
+    """The one value of all layers, "Dynamic" where they differ, "None" without any."""
     values = {setting[place] for setting in settings}
-    return f"{values.pop():g}" if len(values) == 1 else "Dynamic"
+    return "Dynamic" if len(values) > 1 else f"{values.pop():g}" if values else "None"
 
 
 def with_hashes(state: AdapterState, tensors: Mapping[str, Tensor]) -> dict[str, str]:
