@@ -117,6 +117,8 @@ class MethodConfig(Group):
     """Inner width of the adapter: capacity and file size grow with it."""
     alpha: float | None = Field(None, gt=0)
     """The adapter's scale is alpha / rank; without a value, alpha equals the rank of each layer."""
+    rank_schedule: dict[int, int] = {}
+    """Step -> rank from then on, for LoRA and DoRA: {500: 8, 1000: 16} grows from `rank` and keeps what is learnt."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of dropping each input of the adapter while training."""
     rslora: bool = False

@@ -1,11 +1,10 @@
-"""The engine on real architecture classes: LoRA equal to peft, every method, ties, checkpointing, bf16, DDP."""
+"""The engine on real architecture classes: LoRA equal to peft, every method, ties, checkpointing, bf16."""
 
 from __future__ import annotations
 
 import copy
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,52 +256,6 @@ def test_a_model_in_bf16_stays_there_and_adapters_train_in_fp32(name: str) -> No
     assert all(one is None or one.dtype == torch.float32 for one in gradients(adapters).values())
     with adapters.merged():
         assert run(model).dtype == torch.bfloat16
-
-
-# -- two processes ----------------------------------------------------------------------------
-
-IDS = torch.randint(1, 38, (4, 6), generator=torch.Generator().manual_seed(4))
-
-
-class Task(nn.Module):
-    """What DistributedDataParallel wraps: the base and its adapters, which share buffers (VeRA) or remember (DoRA)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, _ = build("llama")
-        self.sets = nn.ModuleList(adapted(self.model, config_of(method), "linear") for method in ("dora", "vera"))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids).logits.square().mean()
-
-
-def trained(task: Task, wrapped: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """The adapters after three steps on `ids`."""
-    optimizer = torch.optim.AdamW([group for one in task.sets for group in one.parameter_groups(1e-2)])
-    for _ in range(3):
-        optimizer.zero_grad()
-        wrapped(ids).backward()
-        optimizer.step()
-    return {name: tensor.clone() for name, tensor in task.sets.state_dict().items()}
-
-
-def _process(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    task = Task()
-    torch.save(trained(task, nn.parallel.DistributedDataParallel(task), IDS[rank::2]), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (tmp_path,), nprocs=2)
-    task = Task()
-    before = {name: tensor.clone() for name, tensor in task.sets.state_dict().items()}
-    one = trained(task, task, IDS)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, tensor in one.items():
-        assert torch.equal(first[name], second[name]), name
-        assert close(first[name], tensor) and not torch.equal(tensor, before[name]), name
 
 
 # -- layers that merging cannot change --------------------------------------------------------

@@ -87,8 +87,18 @@ def test_a_run_leaves_a_checked_file_and_pictures(kind: str, pictures: Path, tmp
     assert len(list((result.run_folder / "samples").glob("step-*/00.png"))) == 2
 
 
-def test_a_stopped_run_resumes_to_the_same_bits(pictures: Path, tmp_path: Path) -> None:
-    settings = config(pictures, tmp_path)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"rank_schedule": {2: 6, 3: 8}},
+        {"method": "adalora", "options": {"patience": 1}},
+        {"method": "deltalora", "options": {"start_step": 1}, "dropout": 0},
+        {"method": "lora", "overrides": {"*conv1": {"method": "loha"}, "*attn1.to_q": {"method": "dora"}}},
+    ],
+)
+def test_a_stopped_run_resumes_to_the_same_bits(adapter: dict, pictures: Path, tmp_path: Path) -> None:
+    settings = config(pictures, tmp_path, adapter=adapter)
     straight = trained(settings)
     run = Run.create(settings.output.folder, settings.output.name, settings)
     run.on_status.append(lambda status: status.step == 3 and (run.control / "stop").touch())
@@ -98,6 +108,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(pictures: Path, tmp_path: Path) 
     assert straight.file and resumed.file
     first, second = load_file(straight.file), load_file(resumed.file)
     assert first.keys() == second.keys()
+    assert first["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_k.lora_down.weight"].any()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert Run.open(straight.run_folder).metrics() == Run.open(run.folder).metrics()
 

@@ -131,6 +131,8 @@ def _step(
     if not accelerator.optimizer_step_was_skipped:
         schedule.step()
         task.adapters.after_step(step, optimizer)
+    if task.rank_schedule is not None:
+        task.rank_schedule.after_step(task.adapters, step, optimizer)
     optimizer.zero_grad(set_to_none=True)
     return float(accelerator.reduce(total, "mean"))
 

@@ -18,9 +18,10 @@ from studio.families.loading import load_base
 from studio.formats.consumers import ConsumerReport, check_file
 from studio.runs import Run
 from studio.terminal import program, short
+from trainers.adapter_settings import adapter_settings
 from trainers.loop import fit
 from trainers.sd_plan import Plan, make_plan
-from trainers.sd_task import DiffusionTask, adapter_settings
+from trainers.sd_task import DiffusionTask
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +47,7 @@ def build_task(config: TrainSDConfig, device: torch.device | None = None) -> Dif
     Raises ConfigError and DatasetError for everything that can be known before training.
     """
     device = device or best_device()
-    adapter_settings(config.adapter)  # a misspelt method shows before the base is loaded
+    adapter_settings(config.adapter, config.train.steps)  # a misspelt method shows before the base is loaded
     images = scan_folder(Path(config.data.folder))
     dtype = precision_dtype(config.model.precision, device)
     family, models = load_base(config.model.source, dtype, config.model.config or None, config.model.prediction_type)

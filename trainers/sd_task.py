@@ -6,16 +6,14 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from studio import paths
-from studio.adapters import METHODS, AdapterConfig, AdapterPlan, inject, match_targets
-from studio.adapters.base import read_options
-from studio.config import MethodConfig, TrainSDConfig
+from studio.adapters import AdapterPlan, inject, match_targets
+from studio.config import TrainSDConfig
 from studio.data.buckets import Size, assign_buckets, bucket_batches, bucket_report
 from studio.data.cache import TensorCache
 from studio.data.images import ImageFolder, ImageItem
@@ -30,6 +28,7 @@ from studio.formats import check_layers, write_adapter
 from studio.formats.state import AdapterState
 from studio.runs import Run
 from studio.seeds import sample_generator, seed_of
+from trainers.adapter_settings import adapter_settings, rank_schedule
 from trainers.sd_metadata import training_metadata
 from trainers.task import Task
 
@@ -45,21 +44,6 @@ class Sample:
     place: int
 
 
-def adapter_settings(adapter: MethodConfig) -> tuple[AdapterConfig, dict[str, dict[str, Any]]]:
-    """The settings of all layers, and pattern -> what differs there. An override's method has its own options.
-
-    Raises ConfigError for a method or an option that is not there; needs no base.
-    """
-    settings = AdapterConfig(
-        adapter.method, adapter.rank, adapter.alpha, adapter.dropout, adapter.rslora, options=adapter.options
-    )
-    overrides = {pattern: one.model_dump(exclude_none=True) for pattern, one in adapter.overrides.items()}
-    overrides = {pattern: {"options": {}, **one} if "method" in one else one for pattern, one in overrides.items()}
-    for one in (settings, *(replace(settings, **changes) for changes in overrides.values())):
-        read_options(METHODS[one.method], one.options)
-    return settings, overrides
-
-
 def adapter_plan(config: TrainSDConfig, family: DiffusionFamily, models: Models) -> AdapterPlan:
     """The layers and settings that the config asks for.
 
@@ -69,7 +53,7 @@ def adapter_plan(config: TrainSDConfig, family: DiffusionFamily, models: Models)
     targets = tuple(adapter.targets) or family.default_targets
     if adapter.train_text_encoder:
         targets += ("text-encoder",)
-    settings, overrides = adapter_settings(adapter)
+    settings, overrides = adapter_settings(adapter, config.train.steps)
     plan = AdapterPlan(targets, tuple(adapter.exclude), settings, overrides)
     if rate is None:
         return plan
@@ -94,6 +78,7 @@ class DiffusionTask(Task[Sample]):
         self.adapters = inject(
             family.prefixes(models), adapter_plan(config, family, models), family.roles, config.train.seed
         )
+        self.rank_schedule = rank_schedule(config.adapter, config.train.seed)
         exported = {name: adapter.export() for name, adapter in self.adapters.items()}
         check_layers(exported, family.name, config.output.format)
         self.trains_text = any(not name.startswith("unet.") for name in self.adapters.names)

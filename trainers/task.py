@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
-from studio.adapters import AdapterSet
+from studio.adapters import AdapterSet, RankSchedule
 from studio.runs import Run
 
 Item = TypeVar("Item")
@@ -17,6 +17,7 @@ class Task(nn.Module, Generic[Item]):
     """A module that owns the models and their `AdapterSet`, so that one object is wrapped for many devices."""
 
     adapters: AdapterSet
+    rank_schedule: RankSchedule | None = None
 
     def batches(self, epoch: int, batch_size: int) -> list[list[Item]]:
         """The batches of an epoch, a function of the arguments only, as many in every epoch."""

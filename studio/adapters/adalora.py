@@ -135,13 +135,18 @@ class AdaLoRA(LowRank):
         return self.lora_up * self.lora_e.reshape(1, -1, *(1,) * self.spec.dims)  # (out, rank[, 1...])
 
     def export(self) -> dict[str, Tensor]:
-        """e folded into `lora_up`; triplets with e = 0 add nothing and are left out, but for one."""
+        """e folded into `lora_up`; triplets with e = 0 add nothing and are left out, but for one.
+
+        Layers end with ranks of their own, and get one alpha all the same, since diffusers misreads a file
+        with several: the rest of the scale is in `lora_up`.
+        """
         places = self.lora_e.flatten().nonzero().flatten()
         places = places if len(places) else places.new_zeros(1)
+        alpha = float(self.config.rank if self.config.alpha is None else self.config.alpha)
         return {
             "lora_down.weight": self.lora_down.detach()[places],
-            "lora_up.weight": self.up_weight().detach()[:, places],
-            "alpha": torch.tensor(self.scale * len(places)),
+            "lora_up.weight": self.up_weight().detach()[:, places] * (self.scale * len(places) / alpha),
+            "alpha": torch.tensor(alpha),
         }
 
     # -- importance ---------------------------------------------------------------------------
