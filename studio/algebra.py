@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from studio.adapters import Adapter, Full, LoRA, NormTuning, WeightView
+from studio.adapters import Adapter, WeightView
 from studio.adapters.base import method_of
 from studio.adapters.inject import adapter_of_entry
 from studio.adapters.layers import wide
+from studio.adapters.methods import Full, LoRA, NormTuning
 from studio.errors import ConfigError
 from studio.formats.state import AdapterState
 

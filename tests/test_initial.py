@@ -22,7 +22,7 @@ from studio.adapters import (
     initialise_from_originals,
     inject,
 )
-from studio.adapters.initial import INITS, svd_lowrank
+from studio.adapters.inits.initial import INITS, svd_lowrank
 from studio.adapters.quantized import ZeroPointLinear
 from studio.errors import ConfigError
 

@@ -19,8 +19,6 @@ from studio.adapters import (
     AdapterConfig,
     AdapterPlan,
     AdapterSet,
-    LoKr,
-    Tucker,
     WeightView,
     attach_adapters,
     describe,
@@ -28,7 +26,8 @@ from studio.adapters import (
     named_targets,
 )
 from studio.adapters.base import method_of
-from studio.adapters.lokr import factorization
+from studio.adapters.methods import LoKr, Tucker
+from studio.adapters.methods.lokr import factorization
 from studio.errors import ConfigError
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

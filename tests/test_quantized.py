@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from studio.adapters import AdapterConfig, AdapterPlan, AdapterSet, WeightView, inject
-from studio.adapters.loftq import loftq
+from studio.adapters.inits.loftq import loftq
 from studio.adapters.quantized import (
     ZeroPointLinear,
     allow_gradients,

@@ -16,7 +16,7 @@ from studio.adapters.adapter_set import AdapterSet
 from studio.adapters.base import AdapterConfig
 from studio.adapters.inject import adapter_of_entry
 from studio.adapters.layers import WeightView
-from studio.adapters.lora import LoRA
+from studio.adapters.methods.lora import LoRA
 from studio.adapters.targets import AdapterPlan, Roles, match_targets
 from studio.errors import ConfigError
 

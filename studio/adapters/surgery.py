@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from studio.adapters.adapter_set import AdapterSet
-from studio.adapters.dora import DoRA
-from studio.adapters.initial import initial_factors
+from studio.adapters.inits.initial import initial_factors
 from studio.adapters.layers import Target, WeightView
-from studio.adapters.lora import LoRA
+from studio.adapters.methods.dora import DoRA
+from studio.adapters.methods.lora import LoRA
 from studio.adapters.optimizer_state import FIRST_MOMENTS, SECOND_MOMENTS, check_replaceable, replace_parameter
 from studio.errors import ConfigError
 from studio.seeds import sample_generator

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from studio.adapters.prompt import (
+from studio.adapters.prompts.prompt import (
     Prompt,
     PromptConfig,
     PromptHook,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from studio.adapters.base import AdapterConfig
 from studio.adapters.layers import LayerSpec
-from studio.adapters.oft import OFT, RotationOptions, turned
+from studio.adapters.methods.oft import OFT, RotationOptions, turned
 from studio.errors import ConfigError
 
 

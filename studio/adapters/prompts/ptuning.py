@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from studio.adapters.prompt import TextModel, reset_encoder
-from studio.adapters.prompt_tuning import PromptTuning
+from studio.adapters.prompts.prompt import TextModel, reset_encoder
+from studio.adapters.prompts.prompt_tuning import PromptTuning
 
 
 class PTuning(PromptTuning):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from studio.adapters.base import AdapterConfig
-from studio.adapters.initial import initial_factors
+from studio.adapters.inits.initial import initial_factors
 from studio.adapters.layers import LayerSpec, WeightView
 from studio.adapters.lowrank import LowRank, down_shape, up_shape
 from studio.errors import ConfigError

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from studio.adapters.prompt import Prompt, PromptHook, TextModel, cached_length, initial_ids, lengthen_mask
+from studio.adapters.prompts.prompt import Prompt, PromptHook, TextModel, cached_length, initial_ids, lengthen_mask
 
 
 class PromptTuning(Prompt):

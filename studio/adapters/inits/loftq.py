@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from studio.adapters.adapter_set import AdapterSet
-from studio.adapters.initial import find_init
+from studio.adapters.inits.initial import find_init
 from studio.adapters.layers import WeightView
-from studio.adapters.lora import LoRA
+from studio.adapters.methods.lora import LoRA
 from studio.adapters.quantized import is_quantized
 from studio.errors import ConfigError
 

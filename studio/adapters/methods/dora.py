@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from studio.adapters.base import Adapter, AdapterConfig
 from studio.adapters.layers import LayerSpec, WeightView, version, wide
-from studio.adapters.lora import LoRA, LoRAOptions
 from studio.adapters.lowrank import add_product
+from studio.adapters.methods.lora import LoRA, LoRAOptions
 from studio.errors import ConfigError
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.adapters.base import Adapter, AdapterConfig
-from studio.adapters.initial import check_init, find_init, initial_factors
+from studio.adapters.inits.initial import check_init, find_init, initial_factors
 from studio.adapters.layers import LayerSpec, WeightView
 from studio.adapters.lowrank import LowRank, down_shape, rank_in, up_shape
 from studio.errors import ConfigError

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from studio.adapters.adapter_set import AdapterSet
 from studio.adapters.base import Adapter
-from studio.adapters.initial import svd_lowrank
+from studio.adapters.inits.initial import svd_lowrank
 from studio.adapters.layers import WeightView
-from studio.adapters.lora import LoRA
+from studio.adapters.methods.lora import LoRA
 from studio.errors import ConfigError
 from studio.seeds import sample_generator
 

@@ -20,7 +20,7 @@ from studio.adapters.base import AdapterConfig, read_options
 from studio.adapters.channel_map import ChannelMap
 from studio.adapters.entries import filled
 from studio.adapters.layers import LayerSpec, WeightView, wide
-from studio.adapters.oft import cayley, check_block_size, divide, turned
+from studio.adapters.methods.oft import cayley, check_block_size, divide, turned
 from studio.errors import ConfigError
 
 
