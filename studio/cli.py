@@ -12,6 +12,7 @@ import typer
 
 from studio.commands import files, runs
 from studio.commands.generate import generate
+from studio.commands.methods import methods
 from studio.commands.train import train_sd
 from studio.errors import OutOfMemoryError, StudioError
 from studio.terminal import configure_logging, say_error
@@ -30,6 +31,7 @@ app.command()(generate)
 app.command()(files.check)
 app.command()(files.inspect)
 app.command()(files.convert)
+app.command()(methods)
 app.add_typer(runs.app, name="runs")
 
 

@@ -32,7 +32,7 @@ def _train(work: Workload, shares: tuple[float, ...], rounds: int) -> Iterator[F
         variants = {"bare": _bare_step(work), AGAIN: _bare_step(work), **_steps(work, kind)}
         note = ""
         if kind is LORA:
-            note = f"; flop bound {_flops(variants['peft']) / _flops(variants['bare']):.3f}x"
+            note = f"; its flops {_flops(variants['peft']) / _flops(variants['bare']):.3f}x"
         yield _figure(work, kind, share, interleave(variants, rounds, resolution=0.01), note)
 
 
@@ -70,12 +70,20 @@ def _steps(work: Workload, kind: Kind) -> dict[str, Variant]:
 
 
 def _step(work: Workload, parameters: Iterable[nn.Parameter], forward: Callable[[], Tensor]) -> Variant:
-    """A forward and a backward pass; gradients are dropped before it."""
-    leaves = [leaf for leaf in [*parameters, *work.arguments.values()] if getattr(leaf, "requires_grad", False)]
+    """A forward and a backward pass; gradients are dropped before it.
 
+    The parameters change in between, as by an optimizer step, so that nothing computed from them (DoRA's
+    norm) can be left over from the last pass.
+    """
+    parameters = [one for one in parameters if one.requires_grad]
+    leaves = [*parameters, *(one for one in work.arguments.values() if getattr(one, "requires_grad", False))]
+
+    @torch.no_grad()
     def clear() -> tuple[()]:
         for leaf in leaves:
             leaf.grad = None
+        for parameter in parameters:
+            parameter.add_(0.0)
         return ()
 
     def run() -> None:
