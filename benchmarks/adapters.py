@@ -41,7 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=GROUPS, help="measure this group of rows; may be repeated")
     parser.add_argument("--json", type=Path, help="write figures, times, versions and the machine to this file")
-    parser.add_argument("--quick", action="store_true", help="small models, few rounds, no verdict: does it all run?")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small models, few rounds: does it all run? Ends with 0, whatever the verdicts",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     figures = []

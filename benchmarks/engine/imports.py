@@ -15,7 +15,7 @@ from benchmarks.engine.workloads import Size
 def imports(size: Size) -> Iterator[Figure]:
     statements = {"torch": "torch", AGAIN: "torch", "peft": "peft", "ours": "torch, studio.adapters"}
     variants = {name: Variant(lambda what=what: _python(f"import {what}")) for name, what in statements.items()}
-    samples = interleave(variants, min(size.rounds, 5), resolution=0.03, clock=_children)
+    samples = interleave(variants, min(size.rounds, 7), resolution=0.03, clock=_children)
     note = "peft imports the quantisation libraries that are installed"
     yield timed("import, over `import torch`", samples, 1.1, "at most 1.1x", note=note)
 

@@ -25,7 +25,7 @@ def injecting(size: Size) -> Iterator[Figure]:
     work = deep_llama(size)
     theirs = Variant(lambda model: get_peft_model(model, peft_config(work.targets)), lambda: _copy(work.model))
     ours = Variant(lambda model: inject_ours(model, work.targets), lambda: _copy(work.model))
-    samples = interleave({"peft": theirs, AGAIN: theirs, "ours": ours}, size.rounds // 2)
+    samples = interleave({"peft": theirs, AGAIN: theirs, "ours": ours}, size.rounds // 2 or 1)
     yield _share_of_peft(f"inject: {work.name}", samples, 0.15)
 
 

@@ -34,7 +34,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Size:
-    """How large the models are, and how many rounds are timed."""
+    """How large the models are, and how many rounds are timed at least (`timing.interleave`)."""
 
     rounds: int
     llama: tuple[int, int, int]  # layers, hidden, intermediate
@@ -44,7 +44,7 @@ class Size:
 
 
 FULL = Size(rounds=21, llama=(8, 512, 1376), tokens=256, deep_llama_layers=48, unet=(64, 128, 256, 256))
-QUICK = Size(rounds=3, llama=(2, 128, 344), tokens=64, deep_llama_layers=4, unet=(32, 32, 32, 32))
+QUICK = Size(rounds=1, llama=(2, 128, 344), tokens=64, deep_llama_layers=4, unet=(32, 32, 32, 32))
 
 
 def _normal(*shape: int) -> Tensor:

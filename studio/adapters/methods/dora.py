@@ -83,18 +83,17 @@ class DoRA(LoRA):
         return self._known_norm[1]
 
     def _norm(self, weight: WeightView, base: Tensor) -> Tensor:
-        up, down = (self.scale * self.up_weight()).flatten(1), self.down_weight().flatten(1)
+        up, down, scale = self.up_weight().flatten(1), self.down_weight().flatten(1), self.scale
         dense = weight.dense()
         matrix = (dense.T if self.spec.kind == "embedding" else dense).flatten(1)  # (out, in * kernel)
         if self.options.norm_axis == "out":
-            cross = wide(matrix @ down.to(matrix.dtype).T).mul_(up).sum(1)
-            own = (up @ (down @ down.T)).mul_(up).sum(1)
+            cross = wide(matrix @ down.to(matrix.dtype).T)  # (out, rank)
+            more = torch.addmm(cross, up, down @ down.T, beta=2 * scale, alpha=scale**2).mul_(up).sum(1)
         else:
-            cross = wide(up.to(matrix.dtype).T @ matrix).mul_(down).sum(0)
-            own = ((up.T @ up) @ down).mul_(down).sum(0)
-            kernel = self.spec.in_features, -1  # an input channel has all columns of its kernel
-            cross, own = cross.reshape(kernel).sum(1), own.reshape(kernel).sum(1)
-        return (base + (2 * cross + own).reshape(base.shape)).clamp_min(0).sqrt()
+            cross = wide(up.to(matrix.dtype).T @ matrix)  # (rank, in * kernel)
+            more = torch.addmm(cross, up.T @ up, down, beta=2 * scale, alpha=scale**2).mul_(down).sum(0)
+            more = more.reshape(self.spec.in_features, -1).sum(1)  # an input channel has all columns of its kernel
+        return (base + more.reshape(base.shape)).clamp_min_(0).sqrt_()
 
     def delta_weight(self, weight: WeightView) -> Tensor:
         dense = wide(weight.dense())
@@ -150,9 +149,9 @@ class _Gain(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         out, gain, bias = ctx.saved_tensors
         product = gradient * out
-        of_gain = product.sum_to_size(gain.shape)  # of gradient * (out - bias) = gradient * gain * (z - bias)
-        if bias is not None:
+        of_gain = product.sum_to_size(gain.shape)
+        of_z = torch.mul(gradient, gain, out=product)  # into memory that is in the cache
+        if bias is not None:  # of_gain is the sum of gradient * (out - bias) = gradient * gain * (z - bias)
             of_gain -= bias * gradient.sum_to_size(gain.shape)
         of_gain /= gain + torch.finfo(gain.dtype).tiny  # a magnitude of exactly zero has lost its direction
-        of_z = torch.mul(gradient, gain, out=product)  # in memory that is in the cache
         return of_z, of_gain, None
