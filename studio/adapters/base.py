@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -92,15 +93,20 @@ class Adapter(nn.Module):
     optional: ClassVar[frozenset[str]] = frozenset()
     """The suffixes that an entry may have besides."""
 
+    spec: LayerSpec
+    config: AdapterConfig
+    options: Any
+    gate: Gate = Gate()
+    """Its set's; this one, always open, until it is in a set."""
+    factor: float = 1.0
+    """The strength of this layer within its set."""
+    dropout_masks: DropoutMasks | None = None
+
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
         super().__init__()
         self.check(spec, config)
-        self.spec = spec
-        self.config = config
-        self.options = read_options(type(self), config.options)
-        self.gate = Gate()
-        self.factor = 1.0  # the strength of this layer within its set
-        self.dropout_masks: DropoutMasks | None = None
+        # past nn.Module.__setattr__, which would look for parameters in them at a quarter of the cost of an adapter
+        self.__dict__.update(spec=spec, config=config, options=read_options(type(self), config.options))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -150,9 +156,14 @@ class Adapter(nn.Module):
         """Whether `factors` gives dW as a product."""
         return False
 
-    def factors(self, weight: WeightView) -> tuple[Tensor, Tensor]:
-        """(up, down) with dW = up @ down at strength 1, (out, r) and (r, in * kernel), where `low_rank`."""
+    def product(self, weight: WeightView) -> tuple[Tensor, Tensor, float]:
+        """(up, down, scale) with dW = scale * up @ down at strength 1, where `low_rank`; shapes as in `factors`."""
         raise NotImplementedError
+
+    def factors(self, weight: WeightView) -> tuple[Tensor, Tensor]:
+        """(up, down) with dW = up @ down at strength 1, where `low_rank`: (out, r) and (r, in * kernel)."""
+        up, down, scale = self.product(weight)
+        return scale * up, down
 
     def terms(self, weight: WeightView) -> Mapping[str, Tensor] | None:
         """Name -> what to add to the layer's tensor to merge exactly in its quantised format (QA-LoRA), or None."""
@@ -228,12 +239,19 @@ class Adapter(nn.Module):
 
 def read_options(method: type[Adapter], options: Mapping[str, Any]) -> Any:
     """The method's `Options` with these values. Raises ConfigError for an unknown one."""
+    if not options:
+        return _defaults(method.Options)
     known = [one.name for one in fields(method.Options)]
     for key in options:
         if key not in known:
             choices = f" Options: {', '.join(known)}." if known else " It has none."
             raise ConfigError(f"'{method.method}' has no option '{key}'.{nearest(key, known)}{choices}")
     return method.Options(**options)
+
+
+@cache
+def _defaults(options: type) -> Any:
+    return options()
 
 
 def method_of(suffixes: frozenset[str]) -> type[Adapter] | None:

@@ -21,10 +21,10 @@ def _adapter(target: Target, config: AdapterConfig, seed: int) -> Adapter:
         adapter = METHODS[config.method](target.spec, config)
     except ConfigError as problem:
         raise ConfigError(f"{target.name}: {problem}") from problem
-    if target.device.type == "meta":  # names and shapes of a model, without memory
-        return adapter.to("meta")
-    adapter.reset(sample_generator(seed, target.name), WeightView(target))
-    return adapter.to(target.device)
+    device = target.device
+    if device.type != "meta":  # there: names and shapes of a model, without memory
+        adapter.reset(sample_generator(seed, target.name), WeightView(target))
+    return adapter if device.type == "cpu" else adapter.to(device)
 
 
 def inject(modules: Mapping[str, nn.Module], plan: AdapterPlan, roles: Roles, seed: int = 0) -> AdapterSet:

@@ -164,8 +164,8 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        own = [*self.layer.parameters(recurse=False), *self.layer.buffers(recurse=False)]
-        return own[0].device
+        own = (*self.layer._parameters.values(), *self.layer._buffers.values())
+        return next(tensor.device for tensor in own if tensor is not None)
 
 
 class WeightView:

@@ -87,8 +87,9 @@ class LowRank(Adapter):
     def low_rank(self) -> bool:
         return self.spec.groups == 1 and self.spec.kind != "experts"
 
-    def factors(self, weight: WeightView) -> tuple[Tensor, Tensor]:
-        return self.scale * self.up_weight().flatten(1), self.down_weight().flatten(1)
+    def product(self, weight: WeightView) -> tuple[Tensor, Tensor, float]:
+        up, down = self.up_weight(), self.down_weight()
+        return (up.flatten(1), down.flatten(1), self.scale) if self.spec.dims else (up, down, self.scale)
 
     def terms(self, weight: WeightView) -> Mapping[str, Tensor] | None:
         """What to add to a `ZeroPointLinear`'s zeros, where dW is constant inside its groups (QA-LoRA)."""

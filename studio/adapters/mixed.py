@@ -39,6 +39,8 @@ def mixed_batch(choice: Sequence[AdapterSet | None]) -> Iterator[None]:
     sets = list(dict.fromkeys(one for one in choice if one is not None))
     if any(one.gate.merged for one in sets):
         raise ConfigError("an adapter of the mixed batch is merged into the base, and acts on every sample: unmerge it")
+    if not all(one.enabled for one in sets):
+        raise ConfigError("an adapter of the mixed batch is switched off: enable it, or give None for its samples")
     for one in sets:
         rows = tuple(place for place, chosen in enumerate(choice) if chosen is one)
         one.gate.rows = Rows(rows, len(choice), stacks)
@@ -117,27 +119,39 @@ def _stacked(adapters: Sequence[Adapter], x: Tensor, y: Tensor, weight: WeightVi
     rows = adapters[0].gate.rows
     assert rows is not None
     _each(rows, x)
-    known = None if torch.is_grad_enabled() else rows.stacks.get(id(weight))
-    up, down = known or _stack(adapters, rows.total, weight, y.dtype)
-    if not torch.is_grad_enabled():
-        rows.stacks[id(weight)] = up, down
-    h = torch.bmm(x.to(y.dtype).reshape(rows.total, -1, x.shape[-1]), down)  # (samples, tokens, rank)
-    return torch.baddbmm(y.reshape(rows.total, -1, y.shape[-1]), h, up).view(y.shape)
+    if torch.is_grad_enabled():
+        up, down, scale = _stack(adapters, rows.total, weight, y.dtype)
+    else:  # kept for the next pass of the block, until a parameter or a strength changes
+        now = [
+            (one.strength, *(own._version for own in one._parameters.values() if own is not None)) for one in adapters
+        ]
+        if rows.stacks.get(id(weight), (None,))[0] != now:
+            rows.stacks[id(weight)] = now, *_stack(adapters, rows.total, weight, y.dtype)
+        _, up, down, scale = rows.stacks[id(weight)]
+    h = torch.bmm(x.to(y.dtype).reshape(rows.total, -1, x.shape[-1]), down.mT)  # (samples, tokens, rank)
+    return torch.baddbmm(y.reshape(rows.total, -1, y.shape[-1]), h, up, alpha=scale).view(y.shape)
 
 
-def _stack(adapters: Sequence[Adapter], total: int, weight: WeightView, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(samples, rank, out) and (samples, in, rank): the factors of each sample's adapter, zero without one."""
-    factors = [one.factors(weight) for one in adapters]
-    rank = max(down.shape[0] for _, down in factors)
-    out_features, in_features = weight.shape
-    ups = [torch.zeros(rank, out_features, dtype=dtype, device=factors[0][0].device)]
-    downs = [torch.zeros(in_features, rank, dtype=dtype, device=factors[0][0].device)]
-    place = [0] * total
-    for number, (adapter, (up, down)) in enumerate(zip(adapters, factors, strict=True), start=1):
-        pad = rank - down.shape[0]
-        ups.append(F.pad((adapter.strength * up).T.to(dtype), (0, 0, 0, pad)))
-        downs.append(F.pad(down.T.to(dtype), (0, pad)))
+def _stack(
+    adapters: Sequence[Adapter], total: int, weight: WeightView, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, float]:
+    """(samples, rank, out), (samples, rank, in): the factors of each sample's adapter, zero without one; and the
+    scale of their products, where all have the same."""
+    products = [one.product(weight) for one in adapters]
+    scales = [one.strength * scale for one, (_, _, scale) in zip(adapters, products, strict=True)]
+    common = scales[0] if len(set(scales)) == 1 else 1.0
+    rank = max(down.shape[0] for _, down, _ in products)
+    factors = []
+    for (up, down, _), scale in zip(products, scales, strict=True):
+        up = up.mT if scale == common else scale * up.mT
+        rest = (0, 0, 0, rank - down.shape[0])
+        factors.append((F.pad(up, rest), F.pad(down, rest)) if rest[3] else (up, down))
+    none = len(factors)
+    place = [none] * total
+    for number, adapter in enumerate(adapters):
         for sample in adapter.gate.rows.samples:  # type: ignore[union-attr]
             place[sample] = number
-    index = torch.tensor(place, device=ups[0].device)
-    return torch.stack(ups)[index], torch.stack(downs)[index]
+    if none in place:
+        factors.append((torch.zeros_like(factors[0][0]), torch.zeros_like(factors[0][1])))
+    ups, downs = torch.stack([factors[one][0] for one in place]), torch.stack([factors[one][1] for one in place])
+    return ups.to(dtype), downs.to(dtype), common

@@ -55,14 +55,14 @@ def initial_factors(
 
 def find_init(name: str) -> Init:
     """The initialisation of this name. Raises ConfigError for an unknown one, or one that needs more than W."""
+    if name in INITS:
+        return INITS[name]
     fast = re.fullmatch(r"pissa_niter_(\d+)", name)
     if fast:
         return Init(partial(_pissa, iterations=int(fast[1])), anchored=True)
     if name in LATER:
         raise ConfigError(f"init '{name}' needs more than the base's weight: leave init out, and call {LATER[name]}")
-    if name not in INITS:
-        raise ConfigError(f"unknown init '{name}'.{nearest(name, INITS)} Inits: {', '.join(INITS)}, pissa_niter_4")
-    return INITS[name]
+    raise ConfigError(f"unknown init '{name}'.{nearest(name, INITS)} Inits: {', '.join(INITS)}, pissa_niter_4")
 
 
 def check_init(name: str, spec: LayerSpec, rank: int) -> Init:

@@ -73,11 +73,11 @@ class LoHa(Adapter):
         out, *rest = self.spec.weight_shape
         return self.spec.groups == 1 and self.config.rank**2 * (out + math.prod(rest)) < out * math.prod(rest)
 
-    def factors(self, weight: WeightView) -> tuple[Tensor, Tensor]:
+    def product(self, weight: WeightView) -> tuple[Tensor, Tensor, float]:
         (up1, down1), (up2, down2) = self.pair(1), self.pair(2)
         up = torch.einsum("oi,oj->oij", up1, up2).flatten(1)  # (out, r^2)
         down = torch.einsum("in,jn->ijn", down1, down2).flatten(0, 1)  # (r^2, in * kernel)
-        return self.config.scale * up, down
+        return up, down, self.config.scale
 
     def forward(self, x: Tensor, y: Tensor, base: Tensor | None, weight: WeightView) -> Tensor:
         """Through the bottleneck of r^2 where that is cheaper than dW."""
