@@ -9,7 +9,16 @@ import torch
 from layers import LAYERS, adapted, cases, close, net_of, randomise
 from torch import Tensor, nn
 
-from studio.adapters import AdapterConfig, AdapterPlan, AdapterSet, AdapterStack, inject, mixed_batch, named_targets
+from studio.adapters import (
+    AdapterConfig,
+    AdapterPlan,
+    AdapterSet,
+    AdapterStack,
+    attach_adapters,
+    inject,
+    mixed_batch,
+    named_targets,
+)
 from studio.errors import ConfigError
 
 CALLED = [kind for kind in LAYERS if next(iter(named_targets({"net": net_of(kind)[0]}).values())).spec.called]
@@ -55,8 +64,8 @@ def test_rows_of_a_mixed_batch_are_those_of_single_adapters(method: str, kind: s
         assert close(net(x), expected)
 
 
-@pytest.mark.parametrize(("first", "second"), [("lora", "dora"), ("dora", "loha"), ("oft", "lora"), ("ia3", "dora")])
-@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+@pytest.mark.parametrize(("first", "second"), [("lora", "dora"), ("dora", "loha"), ("oft", "lora"), ("lora", "ia3")])
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv2d"])
 def test_a_set_that_is_not_named_acts_on_all_rows(first: str, second: str, kind: str) -> None:
     """Different methods on one layer, with `mixed_batch` itself."""
     net, x = net_of(kind)
@@ -230,3 +239,49 @@ def test_switching_takes_the_same_time_for_any_number_of_layers(monkeypatch: pyt
             pass
         times.append(time.perf_counter() - start)
     assert min(times) < 1e-3
+
+
+# -- mixed batches within other things ---------------------------------------------------------------
+
+
+def test_a_batch_within_a_batch_ends_where_it_ends() -> None:
+    net, x = net_of("linear")
+    cat, dog = stack_on(net).values()
+    with mixed_batch([cat, dog, None]):
+        expected = net(x)
+        with mixed_batch([dog, None, cat]):
+            assert not close(net(x), expected)
+        assert torch.equal(net(x), expected)
+
+
+def test_what_is_kept_for_a_batch_belongs_to_the_sets_that_act() -> None:
+    net, x = net_of("linear")
+    cat, dog, bird = stack_on(net, names=("cat", "dog", "bird")).values()
+    with torch.no_grad(), mixed_batch([cat, dog, bird]):
+        expected = net(x)
+        bird.enabled = False
+        net(x)
+        bird.enabled, dog.enabled = True, False
+        assert close(net(x)[[0, 2]], expected[[0, 2]])
+
+
+def test_a_mixed_batch_of_adapters_from_inference_mode() -> None:
+    net, x = net_of("linear")
+    stack = stack_on(net)
+    with stack.rows(["cat", "dog", None]):
+        expected = net(x)
+    states = [stack.remove(name).state() for name in list(stack)]
+    with torch.inference_mode():
+        cat, dog = (attach_adapters({"net": net}, state) for state in states)
+        with mixed_batch([cat, dog, None]):
+            assert close(net(x), expected)
+
+
+def test_a_set_of_a_mixed_batch_cannot_be_merged_or_absent() -> None:
+    net, _ = net_of("linear")
+    cat, dog = stack_on(net).values()
+    with mixed_batch([cat, dog, None]), pytest.raises(RuntimeError, match="mixed batch"):
+        cat.merge()
+    dog.detach()
+    with pytest.raises(ConfigError, match="not attached"), mixed_batch([cat, dog, None]):
+        pass

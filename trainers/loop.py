@@ -128,9 +128,11 @@ def _step(
     if max_grad_norm and accelerator.sync_gradients:
         accelerator.clip_grad_norm_(task.adapters.parameters(), max_grad_norm)
     optimizer.step()
-    if not accelerator.optimizer_step_was_skipped:
+    if accelerator.optimizer_step_was_skipped:
+        optimizer.zero_grad(set_to_none=True)  # fp16 gradients overflowed: a method's statistics don't see them
+    else:
         schedule.step()
-        task.adapters.after_step(step, optimizer)
+    task.adapters.after_step(step, optimizer)
     if task.rank_schedule is not None:
         task.rank_schedule.after_step(task.adapters, step, optimizer)
     optimizer.zero_grad(set_to_none=True)

@@ -78,17 +78,18 @@ def _measure(task: DiffusionTask, batch: list[Sample]) -> tuple[float, int]:
     """(seconds, peak bytes) of one forward and backward pass; the first, which warms up, is not counted."""
     task.check(batch)
     task.adapters.train()
+    on_cuda = next(task.parts["unet"].parameters()).is_cuda
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()  # loading and encoding are over
     started = 0.0
     for _ in range(2):
         started = time.perf_counter()
         task(batch, 0).mean().backward()
         task.adapters.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
+        if on_cuda:
             torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    if torch.cuda.is_available():
-        return seconds, torch.cuda.max_memory_allocated()
-    return seconds, _peak_memory()
+    return seconds, torch.cuda.max_memory_allocated() if on_cuda else _peak_memory()
 
 
 def _peak_memory() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from studio.adapters.attachment import Attachment
 from studio.adapters.base import METHODS, Adapter, Gate
 from studio.adapters.dropout import DropoutMasks, SampleKeys
-from studio.adapters.layers import Target
+from studio.adapters.layers import Target, version
 from studio.adapters.lowrank import SharedReads, may_share
 from studio.errors import ConfigError
 from studio.seeds import seed_of
@@ -113,15 +113,22 @@ class AdapterSet(nn.Module):
         self._attached = False
         self.gate.merged = False
 
+    @property
+    def attached(self) -> bool:
+        """Whether the adapters are on their layers."""
+        return self._attached
+
     def merge(self) -> MergeReport:
         """Puts strength * dW into the base weights: the forward pass then costs what the base's costs.
 
         `unmerge`, or detaching, gives the layers their very own tensors back. Sets may be merged and
-        unmerged in any order. Raises RuntimeError when not attached, or merged already, and ConfigError for a
-        layer that cannot hold another weight; all layers are then as before.
+        unmerged in any order. Raises RuntimeError when not attached, merged already, or in a mixed batch, and
+        ConfigError for a layer that cannot hold another weight; all layers are then as before.
         """
         if not self._attached or self.gate.merged:
             raise RuntimeError("the adapters are merged already" if self._attached else "attach the adapters first")
+        if self.gate.rows is not None:
+            raise RuntimeError("the adapters act on some samples of a mixed batch; merged, they would act on all")
         self.gate.merged = True
         try:
             lost = {name: _attachment(self.targets[name]).merge() for name in self.names}
@@ -132,7 +139,9 @@ class AdapterSet(nn.Module):
         return MergeReport(dict(sorted(lost.items(), key=lambda item: -item[1])), untied)
 
     def unmerge(self) -> None:
-        """Undoes `merge`, bit for bit."""
+        """Undoes `merge`, bit for bit; nothing where nothing is merged."""
+        if not self.gate.merged:
+            return
         self.gate.merged = False
         for name in self.names:
             _attachment(self.targets[name]).merge()
@@ -162,16 +171,18 @@ class AdapterSet(nn.Module):
         """Multiplies the adapter's effect: 0 switches it off, 1 is as trained, negative inverts.
 
         `blocks` maps patterns over full layer names (globs) to further factors; a later entry wins, and
-        layers that none names have 1. Raises ConfigError for a pattern that matches no layer.
+        layers that none names have 1. Without `blocks`, layers keep the factors that they have. Raises
+        ConfigError for a pattern that matches no layer; all strengths are then as before.
         """
-        for adapter in self.adapters if blocks is not None else ():
-            adapter.factor = 1.0  # type: ignore[assignment]
-        for pattern, factor in (blocks or {}).items():
-            found = fnmatch.filter(self.names, pattern)
-            if not found:
-                raise ConfigError(f"the strength pattern '{pattern}' matches none of the {len(self.names)} layers")
+        if blocks is not None:
+            factors = dict.fromkeys(self.names, 1.0)
+            for pattern, factor in blocks.items():
+                found = fnmatch.filter(self.names, pattern)
+                if not found:
+                    raise ConfigError(f"the strength pattern '{pattern}' matches none of the {len(self.names)} layers")
+                factors.update(dict.fromkeys(found, factor))
             for name, adapter in self.items():
-                adapter.factor = factor if name in found else adapter.factor
+                adapter.factor = factors[name]
         self.gate.strength = strength
         if self.gate.merged:
             self.unmerge()
@@ -186,8 +197,10 @@ class AdapterSet(nn.Module):
 
         A layer whose weight is used without calling it (half of a fused projection) would train
         nothing, and say nothing. Layers of one module that read the same tensor (q, k, v) compute their
-        bottlenecks together from then on.
+        bottlenecks together from then on. Raises RuntimeError when not attached, or merged.
         """
+        if not self._attached or self.gate.merged:
+            raise RuntimeError("unmerge the adapters first" if self._attached else "attach the adapters first")
         calls = _Calls(self)
         for name, adapter in self.items():
             adapter.shared = None  # type: ignore[assignment]
@@ -254,19 +267,19 @@ class _Calls:
     def __init__(self, adapter_set: AdapterSet) -> None:
         self._adapters = dict(adapter_set.items())
         self.seen: dict[str, int] = defaultdict(int)
-        self._readers: list[tuple[str, weakref.ref[Tensor], list[str]]] = []
+        self._readers: list[tuple[tuple[str, object], weakref.ref[Tensor], list[str]]] = []
 
     def __call__(self, attachment: Attachment, x: Tensor | None) -> None:
         name = attachment.target.name
         self.seen[name] += 1
         if x is None:
             return
-        parent = name.rpartition(".")[0]
-        for place, read, names in reversed(self._readers[-8:]):
-            if place == parent and read() is x:
+        place = name.rpartition(".")[0], version(x)  # changed in place between two calls, x is another input
+        for known, read, names in reversed(self._readers[-8:]):
+            if known == place and read() is x:
                 names.append(name)
                 return
-        self._readers.append((parent, weakref.ref(x), [name]))
+        self._readers.append((place, weakref.ref(x), [name]))
 
     def groups(self) -> Iterator[list[Any]]:
         """Lists of adapters to read together, in the order of their calls."""

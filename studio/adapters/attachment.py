@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from studio.adapters.base import Adapter
-from studio.adapters.layers import Target, WeightView, wide
+from studio.adapters.layers import Target, WeightView, autocasts, kept, wide
 from studio.adapters.mixed import mixed_output, mixed_rows
+from studio.adapters.quantized import is_quantized
 from studio.errors import ConfigError
 
 Recorder = Callable[["Attachment", Tensor | None], None]
@@ -54,7 +55,6 @@ class Attachment:
 
     # -- merging ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def merge(self) -> float:
         """Writes the adapters whose gate says so into the layer, from the layer's own weight.
 
@@ -65,16 +65,20 @@ class Attachment:
         merged = [one for one in self.adapters if one.gate.merged and one.gate.enabled and one.strength]
         lost = 0.0
         if merged:
-            weight, bias = effective(merged, self.weight)
-            terms = [(term, one.strength) for one in merged if (term := one.terms(self.weight)) is not None]
-            if len(terms) == len(merged):
-                self.weight.add(terms)
-            else:
-                self.weight.put(self.weight.in_format(weight, bias))
-            change = (weight - wide(self.weight.dense())).norm()
-            lost = float((weight - wide(self.weight.stored())).norm() / change) if change else 0.0
+            with kept(self.target.device):
+                lost = self._write(merged)
         self._hook()
         return lost
+
+    def _write(self, merged: Sequence[Adapter]) -> float:
+        weight, bias = effective(merged, self.weight)
+        terms = [(term, one.strength) for one in merged if (term := one.terms(self.weight)) is not None]
+        if len(terms) == len(merged):
+            self.weight.add(terms)
+        else:
+            self.weight.put(self.weight.in_format(weight, bias))
+        change = (weight - wide(self.weight.dense())).norm()
+        return float((weight - wide(self.weight.stored())).norm() / change) if change else 0.0
 
     # -- hooks --------------------------------------------------------------------------------
 
@@ -114,12 +118,26 @@ class Attachment:
         if self.recorder is not None:
             self.recorder(self, x)
         acting = [one for one in self.active() if not (changed and one.on_input)]
+        device = output.device
+        if acting and autocasts(device) and output.dtype != torch.get_autocast_dtype(device.type):
+            with torch.autocast(device.type, enabled=False):  # a layer that does not follow it (a 4-bit one): nor do we
+                return self._act(acting, x, output, base)
+        return self._act(acting, x, output, base)
+
+    def _act(self, acting: Sequence[Adapter], x: Tensor, output: Tensor, base: Tensor | None) -> Tensor:
         if any(one.gate.rows is not None for one in acting):
             return mixed_output(acting, x, output, base, self.weight)
-        y = output.clone() if len(acting) > 1 else output  # an adapter may write into y; base stays what it is
+        # an adapter may write into y, which is another's base, or what somebody else has of the layer
+        y = output.clone() if acting and (len(acting) > 1 or self._is_seen()) else output
         for adapter in acting:
             y = adapter(x, y, base, self.weight)
         return y
+
+    def _is_seen(self) -> bool:
+        """Whether others may keep the layer's output: another hook, or the layer itself for its backward pass."""
+        layer = self.target.layer
+        own = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
+        return len(layer._forward_hooks) > 1 or (own and not is_quantized(layer))
 
 
 def is_traced() -> bool:
@@ -141,6 +159,7 @@ class ChangeInput:
         self.attachment = attachment
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        self.attachment.input = None  # of a call that failed
         acting = [one for one in self.attachment.active() if one.on_input]
         if not acting or self.attachment.weight.saved:
             return None  # a merged layer no longer has its own weight: `forward` adds to the output instead

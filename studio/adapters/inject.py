@@ -31,7 +31,8 @@ def inject(modules: Mapping[str, nn.Module], plan: AdapterPlan, roles: Roles, se
     """New adapters on every layer that `plan` chooses, attached, in fp32, with dW = 0.
 
     `modules` maps the prefix of full names to a model ("unet" -> the U-Net); `seed` fixes the
-    initialisation layer by layer, whatever else is adapted. Freezing the base is the caller's.
+    initialisation layer by layer, whatever else is adapted. The base does not train: freezing it is the
+    caller's, and methods take its weight as a constant.
     """
     chosen = match_targets(modules, plan, roles)
     adapters = {name: _adapter(target, config, seed) for name, (target, config) in chosen.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,7 +198,7 @@ class WeightView:
         now = None if stored is None else version(stored)
         found = self._memo.get(name)
         if found is None or found[0] != now:
-            with torch.no_grad():
+            with kept(self.target.device):
                 found = self._memo[name] = (now, compute(self.dense()))
         return found[1]
 
@@ -262,6 +262,23 @@ class WeightView:
         finally:
             for name, tensor in now.items():
                 _assign(self.target.layer, name, tensor)
+
+
+@contextmanager
+def kept(device: torch.device) -> Iterator[None]:
+    """For values that outlive the pass under way: without gradients, and whatever its autocast or inference mode."""
+    with ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+        if autocasts(device):
+            modes.enter_context(torch.autocast(device.type, enabled=False))
+        modes.enter_context(torch.no_grad())
+        yield
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there; it knows no meta device."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def wide(tensor: Tensor) -> Tensor:

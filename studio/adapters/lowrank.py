@@ -122,7 +122,7 @@ class LowRank(Adapter):
         """The bottleneck h = down(x), (..., rank) or (B, rank, *spatial), with dropout; shared where layers share x."""
         if self.spec.kind == "embedding":
             return self.spec.apply(x, self.down_weight().to(dtype).T)
-        if self.shared is not None:
+        if self.shared is not None and self.gate.rows is None:  # rows of x are another tensor in each layer
             return self.shared.read(self, x, dtype)
         down = self.down_weight().to(dtype)
         if self.spec.kind == "linear":
@@ -155,7 +155,7 @@ class SharedReads:
     The first layer of the group computes it for all, and each takes its part. It lives from the first
     to the last call of the group, inside one module: kept longer, it would break activation
     checkpointing. A layer that is called with another tensor reads alone. The group drops the same
-    elements of its shared input.
+    elements of its shared input. Copies and files hold no product.
     """
 
     def __init__(self, adapters: Sequence[LowRank]) -> None:
@@ -163,11 +163,16 @@ class SharedReads:
         self._x: Tensor | None = None
         self._parts: dict[int, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"adapters": self.adapters, "_x": None, "_parts": {}}
+
     def read(self, adapter: LowRank, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The bottleneck of `adapter` for `x`."""
         place = self.adapters.index(adapter)
         if place == 0:
-            self._x, self._parts = x, dict(enumerate(self._read(self.adapters, x, dtype)))
+            acting = [place for place, one in enumerate(self.adapters) if one.factor]  # the others won't ask
+            parts = self._read([self.adapters[place] for place in acting], x, dtype)
+            self._x, self._parts = x, dict(zip(acting, parts, strict=True))
         if self._x is not x or place not in self._parts:
             return self._read([adapter], x, dtype)[0]
         part = self._parts.pop(place)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from studio.adapters.layers import version
 from studio.errors import ConfigError
 
 if TYPE_CHECKING:
+    from studio.adapters.adapter_set import AdapterSet
     from studio.adapters.base import Adapter
-    from studio.adapters.inject import AdapterSet
     from studio.adapters.layers import WeightView
 
 
@@ -37,18 +38,21 @@ def mixed_batch(choice: Sequence[AdapterSet | None]) -> Iterator[None]:
     """
     stacks: dict[int, Any] = {}
     sets = list(dict.fromkeys(one for one in choice if one is not None))
+    if not all(one.attached for one in sets):
+        raise ConfigError("an adapter of the mixed batch is not attached, and would act on no sample: attach it")
     if any(one.gate.merged for one in sets):
         raise ConfigError("an adapter of the mixed batch is merged into the base, and acts on every sample: unmerge it")
     if not all(one.enabled for one in sets):
         raise ConfigError("an adapter of the mixed batch is switched off: enable it, or give None for its samples")
+    before = [one.gate.rows for one in sets]  # of a block around this one
     for one in sets:
         rows = tuple(place for place, chosen in enumerate(choice) if chosen is one)
         one.gate.rows = Rows(rows, len(choice), stacks)
     try:
         yield
     finally:
-        for one in sets:
-            one.gate.rows = None
+        for one, rows_before in zip(sets, before, strict=True):
+            one.gate.rows = rows_before
 
 
 def mixed_rows(rows: Rows, x: Tensor) -> Tensor:
@@ -72,6 +76,8 @@ def mixed_output(adapters: Sequence[Adapter], x: Tensor, y: Tensor, base: Tensor
     stacked = _stackable(adapters, weight)
     if stacked:
         y = _stacked(stacked, x, y, weight)
+    elif base is not None and any(one.gate.rows is None for one in adapters):
+        y = y.clone()  # which such an adapter may write into; base stays what it is
     for adapter in adapters:
         if adapter in stacked:
             continue
@@ -123,7 +129,8 @@ def _stacked(adapters: Sequence[Adapter], x: Tensor, y: Tensor, weight: WeightVi
         up, down, scale = _stack(adapters, rows.total, weight, y.dtype)
     else:  # kept for the next pass of the block, until a parameter or a strength changes
         now = [
-            (one.strength, *(own._version for own in one._parameters.values() if own is not None)) for one in adapters
+            (id(one), one.strength, *(version(own) for own in one._parameters.values() if own is not None))
+            for one in adapters
         ]
         if rows.stacks.get(id(weight), (None,))[0] != now:
             rows.stacks[id(weight)] = now, *_stack(adapters, rows.total, weight, y.dtype)

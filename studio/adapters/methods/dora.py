@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from studio.adapters.base import Adapter, AdapterConfig
-from studio.adapters.layers import LayerSpec, WeightView, version, wide
+from studio.adapters.layers import LayerSpec, WeightView, kept, version, wide
 from studio.adapters.lowrank import add_product
 from studio.adapters.methods.lora import LoRA, LoRAOptions
 from studio.errors import ConfigError
@@ -79,7 +79,8 @@ class DoRA(LoRA):
             return self._norm(weight, base)
         now = (version(self.lora_down), version(self.lora_up), version(base), self.scale)
         if self._known_norm is None or self._known_norm[0] != now:
-            self._known_norm = now, self._norm(weight, base)
+            with kept(base.device):
+                self._known_norm = now, self._norm(weight, base)
         return self._known_norm[1]
 
     def _norm(self, weight: WeightView, base: Tensor) -> Tensor:
