@@ -129,6 +129,8 @@ class Attachment:
             return mixed_output(acting, x, output, base, self.weight)
         # an adapter may write into y, which is another's base, or what somebody else has of the layer
         y = output.clone() if acting and (len(acting) > 1 or self._is_seen()) else output
+        if len(acting) == 1 and base is not None:
+            base = y  # a lone adapter takes the same path, copied or not
         for adapter in acting:
             y = adapter(x, y, base, self.weight)
         return y
