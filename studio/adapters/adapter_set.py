@@ -67,7 +67,7 @@ class AdapterSet(nn.Module):
             common = METHODS[method].share(members, seed)
             if common is not None:
                 self.shared[method] = common
-        self._attached = False
+        self.attached = False  # whether the adapters are on their layers
 
     def items(self) -> Iterator[tuple[str, Adapter]]:
         """(full layer name, adapter) for every target."""
@@ -86,23 +86,23 @@ class AdapterSet(nn.Module):
         """A set with copies of everything that is the adapter's own, on the very layers of this one; not attached."""
         modules = [module for target in self.targets.values() for module in (target.layer, target.user)]
         twin = copy.deepcopy(self, {id(module): module for module in modules})  # a memo: the base is no copy
-        twin._attached, twin.gate.merged, twin.gate.rows = False, False, None
+        twin.attached, twin.gate.merged, twin.gate.rows = False, False, None
         return twin
 
     # -- acting on the model ------------------------------------------------------------------
 
     def attach(self) -> Self:
         """Makes the adapters act on their layers. Returns itself."""
-        if self._attached:
+        if self.attached:
             raise RuntimeError("the adapters are attached already")
         for name, adapter in self.items():
             _attachment(self.targets[name]).add(adapter)
-        self._attached = True
+        self.attached = True
         return self
 
     def detach(self) -> None:
         """Takes the adapters off; without others, the model is again what it was, bit for bit."""
-        if not self._attached:
+        if not self.attached:
             return
         for name, adapter in self.items():
             target = self.targets[name]
@@ -110,13 +110,8 @@ class AdapterSet(nn.Module):
             attachment.remove(adapter)
             if not attachment.adapters:
                 _forget(target)
-        self._attached = False
+        self.attached = False
         self.gate.merged = False
-
-    @property
-    def attached(self) -> bool:
-        """Whether the adapters are on their layers."""
-        return self._attached
 
     def merge(self) -> MergeReport:
         """Puts strength * dW into the base weights: the forward pass then costs what the base's costs.
@@ -125,13 +120,13 @@ class AdapterSet(nn.Module):
         unmerged in any order. Raises RuntimeError when not attached, merged already, or in a mixed batch, and
         ConfigError for a layer that cannot hold another weight; all layers are then as before.
         """
-        if not self._attached or self.gate.merged:
-            raise RuntimeError("the adapters are merged already" if self._attached else "attach the adapters first")
+        if not self.attached or self.gate.merged:
+            raise RuntimeError("the adapters are merged already" if self.attached else "attach the adapters first")
         if self.gate.rows is not None:
             raise RuntimeError("the adapters act on some samples of a mixed batch; merged, they would act on all")
         self.gate.merged = True
         try:
-            lost = {name: _attachment(self.targets[name]).merge() for name in self.names}
+            lost = self._write()
         except ConfigError:
             self.unmerge()
             raise
@@ -143,8 +138,11 @@ class AdapterSet(nn.Module):
         if not self.gate.merged:
             return
         self.gate.merged = False
-        for name in self.names:
-            _attachment(self.targets[name]).merge()
+        self._write()
+
+    def _write(self) -> dict[str, float]:
+        """Brings the layers in line with the gate and the strengths: layer -> what its precision lost."""
+        return {name: _attachment(self.targets[name]).merge() for name in self.names}
 
     @contextmanager
     def merged(self) -> Iterator[MergeReport]:
@@ -164,8 +162,7 @@ class AdapterSet(nn.Module):
     def enabled(self, enabled: bool) -> None:
         self.gate.enabled = enabled
         if self.gate.merged:
-            self.unmerge()
-            self.merge()
+            self._write()
 
     def set_strength(self, strength: float, blocks: Mapping[str, float] | None = None) -> None:
         """Multiplies the adapter's effect: 0 switches it off, 1 is as trained, negative inverts.
@@ -185,8 +182,7 @@ class AdapterSet(nn.Module):
                 adapter.factor = factors[name]
         self.gate.strength = strength
         if self.gate.merged:
-            self.unmerge()
-            self.merge()
+            self._write()
 
     def set_keys(self, keys: Iterable[int]) -> None:
         """The sample keys of the next forward pass, one for each sample, for dropout."""
@@ -199,8 +195,8 @@ class AdapterSet(nn.Module):
         nothing, and say nothing. Layers of one module that read the same tensor (q, k, v) compute their
         bottlenecks together from then on. Raises RuntimeError when not attached, or merged.
         """
-        if not self._attached or self.gate.merged:
-            raise RuntimeError("unmerge the adapters first" if self._attached else "attach the adapters first")
+        if not self.attached or self.gate.merged:
+            raise RuntimeError("unmerge the adapters first" if self.attached else "attach the adapters first")
         calls = _Calls(self)
         for name, adapter in self.items():
             adapter.shared = None  # type: ignore[assignment]

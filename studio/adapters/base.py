@@ -86,6 +86,8 @@ class Adapter(nn.Module):
     method: ClassVar[str]
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv", "embedding"})
     """The layer kinds that the method can sit on; `supports` may say more."""
+    grouped: ClassVar[bool] = True
+    """Whether it can sit on a convolution in groups."""
     Options: ClassVar[type] = NoOptions
     """A frozen dataclass with the method's own settings and their defaults; it checks them itself."""
     needed: ClassVar[frozenset[str]] = frozenset()
@@ -120,7 +122,7 @@ class Adapter(nn.Module):
     @classmethod
     def supports(cls, spec: LayerSpec) -> bool:
         """Whether the method can sit on such a layer."""
-        return spec.kind in cls.kinds
+        return spec.kind in cls.kinds and (cls.grouped or spec.groups == 1)
 
     @classmethod
     def check(cls, spec: LayerSpec, config: AdapterConfig) -> None:

@@ -15,8 +15,6 @@ from torch.nn.utils.parametrize import ParametrizationList
 from studio.adapters.quantized import dequantize, is_quantized, layer_shape, requantize
 from studio.errors import ConfigError
 
-KINDS = ("linear", "conv", "embedding", "norm", "experts")
-
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -234,9 +232,9 @@ class WeightView:
 
     def put(self, tensors: Mapping[str, Any]) -> None:
         """Gives the layer `tensors`; its own are kept for `restore`."""
-        for name, tensor in tensors.items():
+        for name in tensors:
             self.saved.setdefault(name, getattr(self.target.layer, name))
-            _assign(self.target.layer, name, tensor)
+        _assign(self.target.layer, tensors)
 
     def add(self, terms: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
         """Gives the layer its own tensors plus strength * term, by name; `terms` holds (terms, strength) pairs."""
@@ -248,20 +246,17 @@ class WeightView:
 
     def restore(self) -> None:
         """Gives the layer its own tensors back: the very objects that it had."""
-        for name, tensor in self.saved.items():
-            _assign(self.target.layer, name, tensor)
+        _assign(self.target.layer, self.saved)
         self.saved.clear()
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
         now = {name: getattr(self.target.layer, name) for name in self.saved}
-        for name, tensor in self.saved.items():
-            _assign(self.target.layer, name, tensor)
+        _assign(self.target.layer, self.saved)
         try:
             yield
         finally:
-            for name, tensor in now.items():
-                _assign(self.target.layer, name, tensor)
+            _assign(self.target.layer, now)
 
 
 @contextmanager
@@ -292,7 +287,8 @@ def version(tensor: Tensor) -> tuple[int, int, torch.Size]:
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.shape
 
 
-def _assign(layer: nn.Module, name: str, value: Any) -> None:
+def _assign(layer: nn.Module, values: Mapping[str, Any]) -> None:
     """Assigns whatever the kind: a tensor as it is, also over a parameter, and a quantisation state."""
-    store = next((store for store in (layer._buffers, layer._parameters) if name in store), layer.__dict__)
-    store[name] = value
+    for name, value in values.items():
+        store = next((store for store in (layer._buffers, layer._parameters) if name in store), layer.__dict__)
+        store[name] = value

@@ -39,10 +39,17 @@ def rank_in(spec: LayerSpec, down: Tensor) -> int:
     return down.shape[len(experts_of(spec))]
 
 
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` contiguous by rows, or by columns where `like` is: the layout decides how products round."""
+    by_columns = like.ndim == 2 and like.stride(0) < like.stride(1)
+    return tensor.T.contiguous().T if by_columns else tensor.contiguous()
+
+
 class LowRank(Adapter):
     """A method whose dW is scale * up @ down: it gives `down_weight`, `up_weight` and `scale`.
 
     `down_weight` has the shape of `down_shape`, `up_weight` that of `up_shape`; both may be computed.
+    Written to files as a LoRA of these, unless a method says otherwise.
     """
 
     shared: SharedReads | None = None
@@ -103,15 +110,14 @@ class LowRank(Adapter):
         return {"zeros": -(up @ groups[..., 0]) / layer.scales}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """With the saved ranks of `rank_dims`; the layout in memory stays, since it decides the last bits."""
+        """With the saved ranks of `rank_dims`, and the layout that the tensors have."""
         for name, dim in self.rank_dims.items():
             saved, own = state_dict.get(prefix + name), getattr(self, name)
             if saved is None or saved.ndim != own.ndim or saved.shape[dim] == own.shape[dim]:
                 continue
             shape = list(own.shape)
             shape[dim] = saved.shape[dim]
-            by_columns = own.ndim == 2 and own.stride(0) < own.stride(1)
-            own.data = own.new_zeros(shape[::-1]).T if by_columns else own.new_zeros(shape)
+            own.data = laid_out(own.new_zeros(shape), own)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, y: Tensor, base: Tensor | None, weight: WeightView) -> Tensor:
@@ -132,6 +138,15 @@ class LowRank(Adapter):
     def written(self, h: Tensor, y: Tensor) -> Tensor:
         """`y` + strength * scale * up(h), without a temporary of the output's size."""
         return add_product(self.spec, y, h, self.up_weight().to(y.dtype), self.strength * self.scale)
+
+    def export(self) -> dict[str, Tensor]:
+        """`alpha` carries the scale, rsLoRA's too: readers compute alpha / rank."""
+        down, up = self.down_weight().detach(), self.up_weight().detach()
+        return {
+            "lora_down.weight": down,
+            "lora_up.weight": up.contiguous(),
+            "alpha": torch.tensor(self.scale * rank_in(self.spec, down)),
+        }
 
 
 def add_product(spec: LayerSpec, y: Tensor, h: Tensor, up: Tensor, scale: float) -> Tensor:

@@ -73,7 +73,7 @@ def _each(rows: Rows, x: Tensor) -> int:
 
 def mixed_output(adapters: Sequence[Adapter], x: Tensor, y: Tensor, base: Tensor | None, weight: WeightView) -> Tensor:
     """`y` after each adapter has acted on its own samples."""
-    stacked = _stackable(adapters, weight)
+    stacked = _stackable(adapters)
     if stacked:
         y = _stacked(stacked, x, y, weight)
     elif base is not None and any(one.gate.rows is None for one in adapters):
@@ -113,10 +113,10 @@ def _keys_of(adapter: Adapter, rows: Rows) -> Iterator[None]:
         keys.values = everyone
 
 
-def _stackable(adapters: Sequence[Adapter], weight: WeightView) -> list[Adapter]:
+def _stackable(adapters: Sequence[Adapter]) -> list[Adapter]:
     """The low-rank adapters of the batch, where there are several: one batched product serves them all."""
-    fits = [one for one in adapters if one.gate.rows is not None and one.spec.kind == "linear" and not one.drops]
-    fits = [one for one in fits if one.low_rank]
+    chosen = (one for one in adapters if one.gate.rows is not None and one.spec.kind == "linear")
+    fits = [one for one in chosen if one.low_rank and not one.drops]
     return fits if len(fits) > 1 else []
 
 

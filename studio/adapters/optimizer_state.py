@@ -36,7 +36,7 @@ def replace_parameter(
     parameter.data = data
     torch.autograd.graph.increment_version(parameter)  # what is remembered of its values is out of date
     parameter.grad = None
-    state = _state_of(parameter, optimizer)
+    state = state_of(parameter, optimizer)
     for name, value in state.items():
         if isinstance(value, Tensor) and value.shape == former:
             state[name] = (squares if squares and name in SECOND_MOMENTS else moments)(value)
@@ -54,7 +54,7 @@ def check_replaceable(parameter: nn.Parameter, optimizer: Optimizer | None) -> N
         and torch.distributed.get_world_size() > 1
     ):
         raise ConfigError("ranks cannot change while several processes train: use one, or a method of fixed rank")
-    for name, value in _state_of(parameter, optimizer).items():
+    for name, value in state_of(parameter, optimizer).items():
         if not isinstance(value, Tensor) or value.numel() == 1:
             continue
         if value.shape != parameter.shape or not value.is_floating_point():
@@ -64,5 +64,6 @@ def check_replaceable(parameter: nn.Parameter, optimizer: Optimizer | None) -> N
             )
 
 
-def _state_of(parameter: nn.Parameter, optimizer: Optimizer | None) -> dict[str, object]:
+def state_of(parameter: Tensor, optimizer: Optimizer | None) -> dict[str, object]:
+    """What the optimizer keeps of a parameter; empty without one."""
     return {} if optimizer is None else optimizer.state.get(parameter, {})

@@ -81,8 +81,7 @@ class AdapterStack(Mapping[str, AdapterSet]):
         """Lets exactly these sets act; a mapping sets their strengths, names keep those that they have."""
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         members = [self[name] for name in names]  # all of them exist, before anything changes
-        for adapters in self._sets.values():
-            _enable(adapters, any(adapters is one for one in members))
+        self._enable_only(members)
         if isinstance(chosen, Mapping):
             for name, strength in chosen.items():
                 self[name].set_strength(strength)
@@ -113,13 +112,16 @@ class AdapterStack(Mapping[str, AdapterSet]):
     @contextmanager
     def _only(self, members: Sequence[AdapterSet]) -> Iterator[None]:
         before = {name: adapters.enabled for name, adapters in self._sets.items()}
-        for adapters in self._sets.values():
-            _enable(adapters, any(adapters is one for one in members))
+        self._enable_only(members)
         try:
             yield
         finally:
             for name, enabled in before.items():
                 _enable(self._sets[name], enabled)
+
+    def _enable_only(self, members: Sequence[AdapterSet]) -> None:
+        for adapters in self._sets.values():
+            _enable(adapters, any(adapters is one for one in members))
 
 
 def _enable(adapters: AdapterSet, enabled: bool) -> None:

@@ -27,9 +27,16 @@ from torch.optim import Optimizer
 from studio.adapters.adapter_set import AdapterSet
 from studio.adapters.inits.initial import initial_factors
 from studio.adapters.layers import Target, WeightView
+from studio.adapters.lowrank import laid_out
 from studio.adapters.methods.dora import DoRA
 from studio.adapters.methods.lora import LoRA
-from studio.adapters.optimizer_state import FIRST_MOMENTS, SECOND_MOMENTS, check_replaceable, replace_parameter
+from studio.adapters.optimizer_state import (
+    FIRST_MOMENTS,
+    SECOND_MOMENTS,
+    check_replaceable,
+    replace_parameter,
+    state_of,
+)
 from studio.errors import ConfigError
 from studio.seeds import sample_generator
 
@@ -150,8 +157,7 @@ def changeable(
 
 
 def _check_moments(parameter: Tensor, optimizer: Optimizer | None) -> None:
-    state = {} if optimizer is None else optimizer.state.get(parameter, {})
-    for key, value in state.items():
+    for key, value in state_of(parameter, optimizer).items():
         own = isinstance(value, Tensor) and value.shape == parameter.shape
         if own and key not in FIRST_MOMENTS | SECOND_MOMENTS:
             raise ConfigError(
@@ -185,12 +191,11 @@ def _by_rank(factor: Tensor, groups: int, up: bool) -> Tensor:
 def _as_factor(ranked: Tensor, like: Tensor, up: bool) -> Tensor:
     """Undoes `_by_rank` for any rank: (rank, in / groups, *kernel), or (out, rank / groups, 1, ...) for `up`.
 
-    In the memory layout of `like`, by rows or by columns, as a loaded one is: it decides how products round.
+    Laid out as `like` is, and a loaded one too.
     """
     shape = (like.shape[0], ranked.shape[1], *like.shape[2:]) if up else (-1, *like.shape[1:])
     factor = (ranked.mT if up else ranked).reshape(shape).to(like)
-    by_columns = like.ndim == 2 and like.stride(0) < like.stride(1)
-    return factor.T.contiguous().T if by_columns else factor.contiguous()
+    return laid_out(factor, like)
 
 
 def _identity(adapter: LoRA, rank: int) -> _Basis:

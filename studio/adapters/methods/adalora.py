@@ -83,6 +83,7 @@ class AdaLoRA(LowRank):
     """LoRA's factors with a diagonal, `lora_e` (rank, 1), between them. Written to files exactly as a LoRA."""
 
     method = "adalora"
+    grouped = False
     Options = AdaLoRAOptions
     rank_dims = {
         f"{name}{statistic}": dim
@@ -99,10 +100,6 @@ class AdaLoRA(LowRank):
             self.register_buffer(f"{name}_sensitivity", torch.zeros_like(getattr(self, name)))
             self.register_buffer(f"{name}_uncertainty", torch.zeros_like(getattr(self, name)))
         self.register_buffer("masked", torch.zeros(config.rank, dtype=torch.int64))  # budget steps in a row
-
-    @classmethod
-    def supports(cls, spec: LayerSpec) -> bool:
-        return super().supports(spec) and spec.groups == 1
 
     @classmethod
     def check(cls, spec: LayerSpec, config: AdapterConfig) -> None:

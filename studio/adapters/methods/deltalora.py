@@ -42,6 +42,7 @@ class DeltaLoRA(LowRank):
     """LoRA's factors and a copy of them from `start_step`, empty until then. Written to files exactly as a LoRA."""
 
     method = "deltalora"
+    grouped = False
     Options = DeltaLoRAOptions
     rank_dims = {"anchor_down": 0, "anchor_up": 1}
 
@@ -51,10 +52,6 @@ class DeltaLoRA(LowRank):
         self.lora_up = nn.Parameter(torch.zeros(up_shape(spec, config.rank)))
         self.register_buffer("anchor_down", torch.zeros(down_shape(spec, 0)))
         self.register_buffer("anchor_up", torch.zeros(up_shape(spec, 0)))
-
-    @classmethod
-    def supports(cls, spec: LayerSpec) -> bool:
-        return super().supports(spec) and spec.groups == 1
 
     @classmethod
     def check(cls, spec: LayerSpec, config: AdapterConfig) -> None:
@@ -97,11 +94,3 @@ class DeltaLoRA(LowRank):
             if step >= one.options.start_step and not one.started:
                 one.anchor_down = one.lora_down.clone()
                 one.anchor_up = one.lora_up.clone()
-
-    def export(self) -> dict[str, Tensor]:
-        down = self.down_weight().detach()
-        return {
-            "lora_down.weight": down,
-            "lora_up.weight": self.up_weight().detach(),
-            "alpha": torch.tensor(self.scale * len(down)),
-        }

@@ -38,6 +38,7 @@ class DoRA(LoRA):
 
     method = "dora"
     kinds = Adapter.kinds
+    grouped = False
     Options = DoRAOptions
     needed = LoRA.needed | {"dora_scale"}
 
@@ -45,10 +46,6 @@ class DoRA(LoRA):
         super().__init__(spec, config)
         self.dora_scale = nn.Parameter(torch.ones(self._magnitude_shape()))
         self._known_norm: tuple[object, Tensor] | None = None
-
-    @classmethod
-    def supports(cls, spec: LayerSpec) -> bool:
-        return super().supports(spec) and spec.groups == 1
 
     def _magnitude_shape(self) -> tuple[int, ...]:
         shape = [1] * len(self.spec.weight_shape)

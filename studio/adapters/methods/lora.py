@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from studio.adapters.base import Adapter, AdapterConfig
+from studio.adapters.entries import alpha_of
 from studio.adapters.inits.initial import check_init, find_init, initial_factors
 from studio.adapters.layers import LayerSpec, WeightView
 from studio.adapters.lowrank import LowRank, down_shape, rank_in, up_shape
@@ -44,7 +45,8 @@ class LoRA(LowRank):
     """`lora_down`, `lora_up` and the scale between them; dropout acts on the input.
 
     An initialisation that starts from the base's own weight (PiSSA, OLoRA) keeps its starting point as
-    an anchor that is subtracted, so that dW is zero at first and the base is never changed.
+    an anchor that is subtracted, so that dW is zero at first and the base is never changed; in a file, it has
+    rank 2r.
     """
 
     method = "lora"
@@ -94,15 +96,6 @@ class LoRA(LowRank):
         for parameter, factor in super().rates():
             yield parameter, self.options.lr_ratio if parameter is self.lora_up else factor
 
-    def export(self) -> dict[str, Tensor]:
-        """`alpha` carries the scale, rsLoRA's too: readers compute alpha / rank. An anchored LoRA has rank 2r."""
-        down, up = self.down_weight().detach(), self.up_weight().detach()
-        return {
-            "lora_down.weight": down,
-            "lora_up.weight": up.contiguous(),
-            "alpha": torch.tensor(self.scale * rank_in(self.spec, down)),
-        }
-
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> LoRA:
         return cls._of_factors(spec, tensors, {})
@@ -112,14 +105,13 @@ class LoRA(LowRank):
         """The adapter with a file's factors and alpha; a missing alpha means the rank, as in sd-scripts."""
         down, up = tensors["lora_down.weight"], tensors["lora_up.weight"]
         rank = rank_in(spec, down)
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else float(rank)
         shapes = down_shape(spec, rank), up_shape(spec, rank)
         if down.numel() != math.prod(shapes[0]) or up.numel() != math.prod(shapes[1]):
             raise ConfigError(
                 f"the file's LoRA is {tuple(down.shape)} and {tuple(up.shape)}; "
                 f"this layer needs {shapes[0]} and {shapes[1]}: the file is for another base"
             )
-        adapter = cls(spec, AdapterConfig(cls.method, rank, alpha, options=options))
+        adapter = cls(spec, AdapterConfig(cls.method, rank, alpha_of(tensors), options=options))
         with torch.no_grad():
             # a 1x1 convolution's factors may be stored as matrices, and a Linear's as 1x1 kernels
             adapter.lora_down.copy_(down.reshape(shapes[0]))

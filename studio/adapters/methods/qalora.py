@@ -91,11 +91,3 @@ class QALoRA(LowRank):
         groups = self.dropped(x).to(dtype).unflatten(-1, (-1, self.group_size))  # (..., in / group_size, group_size)
         pooled = groups.mean(-1) if self.options.pool == "mean" else groups.sum(-1)
         return F.linear(pooled, self.lora_down.to(dtype))
-
-    def export(self) -> dict[str, Tensor]:
-        down = self.down_weight().detach()
-        return {
-            "lora_down.weight": down,
-            "lora_up.weight": self.lora_up.detach(),
-            "alpha": torch.tensor(self.scale * len(down)),
-        }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from studio.adapters.base import Adapter, AdapterConfig
 from studio.adapters.entries import alpha_of, filled
 from studio.adapters.layers import LayerSpec, WeightView
+from studio.adapters.projections import share_projections
 from studio.errors import ConfigError
 
 
@@ -67,21 +68,12 @@ class RandLoRA(Adapter):
 
     @classmethod
     def share(cls, adapters: Sequence[RandLoRA], seed: int) -> nn.Module:
-        """One pair of bases for each seed, rank and extent: as a rule, one in all."""
-        extent = max(one.small for one in adapters), max(one.large for one in adapters)
-        shared: dict[tuple[int, ...], Bases] = {}
-        for adapter in adapters:
-            adapter.extent = adapter.extent or extent
-            key = adapter.options.seed, adapter.config.rank, *adapter.extent
-            if key not in shared:
-                shared[key] = Bases(*key).to(adapter.randlora_lambda.device)
-            adapter.__dict__["bases"] = shared[key]  # the set owns it: no submodule of each adapter
-        return nn.ModuleList(shared.values())
+        return share_projections(adapters, lambda one: (one.small, one.large), Bases)
 
     def delta_weight(self, weight: WeightView) -> Tensor:
         lambdas, gammas = self.randlora_lambda, self.randlora_gamma
-        a = self.bases.A[:, :, : self.small].to(lambdas.device)  # (r, 1, s)
-        b = self.bases.B[: self.large, : len(gammas)].to(lambdas.device)  # (l, n, r)
+        a = self.projections.A[:, :, : self.small].to(lambdas.device)  # (r, 1, s)
+        b = self.projections.B[: self.large, : len(gammas)].to(lambdas.device)  # (l, n, r)
         scaled = lambdas[:, :, None] * a * gammas  # (r, n, s)
         # peft pairs B's columns with A's rows in the order of their memory, which are (n, r) and (r, n)
         product = self.config.scale * b.flatten(1) @ scaled.flatten(0, 1)  # (l, s)

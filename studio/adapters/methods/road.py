@@ -41,6 +41,7 @@ class RoAd(ChannelMap):
     """`road_theta` and `road_alpha`, of half, once or twice the outputs; rank and alpha of the plan play no part."""
 
     method = "road"
+    grouped = False
     Options = RoAdOptions
     needed = frozenset({"road_theta", "road_alpha", "group_size"})
     acts_on_bias = True
@@ -50,10 +51,6 @@ class RoAd(ChannelMap):
         size = spec.out_features // 2 * _HALVES[self.options.variant]
         self.road_theta = nn.Parameter(torch.zeros(size))
         self.road_alpha = nn.Parameter(torch.ones(size))
-
-    @classmethod
-    def supports(cls, spec: LayerSpec) -> bool:
-        return super().supports(spec) and spec.groups == 1
 
     @classmethod
     def check(cls, spec: LayerSpec, config: AdapterConfig) -> None:

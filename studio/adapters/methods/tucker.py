@@ -23,6 +23,7 @@ class Tucker(LowRank):
 
     method = "tucker"
     kinds = frozenset({"linear", "conv"})
+    grouped = False
     needed = frozenset({"lora_down.weight", "lora_mid.weight", "lora_up.weight"})
     optional = frozenset({"alpha"})
 
@@ -33,10 +34,6 @@ class Tucker(LowRank):
         self.lora_down = nn.Parameter(torch.zeros(config.rank, spec.in_features, *(1,) * spec.dims))
         self.lora_mid = None if core is None else nn.Parameter(torch.zeros(core))
         self.lora_up = nn.Parameter(torch.zeros(up_shape(spec, config.rank)))
-
-    @classmethod
-    def supports(cls, spec: LayerSpec) -> bool:
-        return super().supports(spec) and spec.groups == 1
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator, weight: WeightView) -> None:

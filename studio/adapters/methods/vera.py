@@ -8,7 +8,6 @@ file holds b, d and these numbers alone.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from studio.adapters.base import AdapterConfig
 from studio.adapters.entries import filled
 from studio.adapters.layers import LayerSpec, WeightView
 from studio.adapters.lowrank import LowRank
+from studio.adapters.projections import share_projections
 from studio.errors import ConfigError
 
 
@@ -87,19 +87,7 @@ class VeRA(LowRank):
 
     @classmethod
     def share(cls, adapters: Sequence[VeRA], seed: int) -> nn.Module:
-        """One pair of projections for each seed, rank and extent: as a rule, one in all."""
-        extent = max(one.spec.in_features for one in adapters), max(one.spec.out_features for one in adapters)
-        users: dict[tuple[int, ...], list[VeRA]] = defaultdict(list)
-        for adapter in adapters:
-            adapter.extent = adapter.extent or extent
-            users[adapter.options.seed, adapter.config.rank, *adapter.extent].append(adapter)
-        shared = nn.ModuleList()
-        for key, members in users.items():
-            projections = Projections(*key).to(members[0].vera_lambda_b.device)
-            shared.append(projections)
-            for adapter in members:
-                adapter.__dict__["projections"] = projections  # the set owns it: no submodule of each adapter
-        return shared
+        return share_projections(adapters, lambda one: (one.spec.in_features, one.spec.out_features), Projections)
 
     def export(self) -> dict[str, Tensor]:
         shared = self.projections
