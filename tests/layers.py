@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from studio.adapters import METHODS, AdapterConfig, AdapterPlan, AdapterSet, attach_adapters, inject, named_targets
+from studio.adapters import (
+    METHODS,
+    AdapterConfig,
+    AdapterPlan,
+    AdapterSet,
+    attach_adapters,
+    inject,
+    mixed_batch,
+    named_targets,
+)
 from studio.errors import ConfigError
 
 
@@ -160,3 +169,18 @@ def check_options(method: str, kind: str, options: Mapping[str, Any], **settings
     again = attach_adapters({"net": net}, state)
     assert close(net(x), beside)
     assert [set(entry) for entry in again.state().values()] == [set(entry) for entry in state.values()]
+
+
+def check_rows(method: str, options: Mapping[str, Any] | None = None) -> None:
+    """In a mixed batch, each sample is what its own adapter, or none, makes of it alone."""
+    net, x = net_of("linear")
+    alone = [net(x)]
+    sets = [adapted(net, method, options), adapted(net, method, options)]
+    randomise(sets[1], 2)
+    for one, other in (sets, sets[::-1]):
+        one.enabled, other.enabled = True, False
+        alone.append(net(x))
+    sets[0].enabled = sets[1].enabled = True
+    with mixed_batch([sets[1], None, sets[0]]):
+        mixed = net(x)
+    assert close(mixed, torch.stack([alone[2][0], alone[0][1], alone[1][2]]))

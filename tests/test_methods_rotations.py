@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from layers import adapted, check_options, close, net_of, randomise
+from layers import adapted, check_options, check_rows, close, net_of
 from torch import Tensor, nn
 
-from studio.adapters import AdapterConfig, AdapterPlan, attach_adapters, inject, mixed_batch
+from studio.adapters import AdapterConfig, AdapterPlan, attach_adapters, inject
 from studio.errors import ConfigError
 
 LYCORIS_LAYERS = ["linear", "linear without bias", "conv1d", "conv2d", "conv2d dilated", "conv2d grouped", "conv3d"]
@@ -174,17 +174,7 @@ def test_coft_stays_in_its_ball_while_training() -> None:
 
 @pytest.mark.parametrize("method", ["oft", "oftv2", "boft", "road"])
 def test_every_sample_has_its_own_rotation(method: str) -> None:
-    net, x = net_of("linear")
-    alone = [net(x)]
-    sets = [adapted(net, method), adapted(net, method)]
-    randomise(sets[1], 2)
-    for one, other in (sets, sets[::-1]):
-        one.enabled, other.enabled = True, False
-        alone.append(net(x))
-    sets[0].enabled = sets[1].enabled = True
-    with mixed_batch([sets[1], None, sets[0]]):
-        mixed = net(x)
-    assert close(mixed, torch.stack([alone[2][0], alone[0][1], alone[1][2]]))
+    check_rows(method)
 
 
 @pytest.mark.parametrize(

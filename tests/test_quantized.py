@@ -1,4 +1,4 @@
-"""Quantised bases: what is read equals what the library computes, what is written is read back, LoftQ equals peft's."""
+"""Quantised bases: what is read equals what the library computes, what is written is read back."""
 
 from __future__ import annotations
 
@@ -7,11 +7,23 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from quantized_layers import (
+    IN,
+    OUT,
+    ROUNDING,
+    WRITABLE,
+    bnb_4bit,
+    bnb_int8,
+    linear,
+    through_the_layer,
+    torchao,
+    unquantised_4bit,
+    unquantised_int8,
+    zero_points,
+)
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from studio.adapters import AdapterConfig, AdapterPlan, AdapterSet, WeightView, inject
-from studio.adapters.inits.loftq import loftq
 from studio.adapters.quantized import (
     ZeroPointLinear,
     allow_gradients,
@@ -22,80 +34,6 @@ from studio.adapters.quantized import (
     round_trip,
 )
 from studio.errors import ConfigError
-
-IN, OUT = 128, 64
-
-
-def linear(dtype: torch.dtype = torch.float32) -> nn.Linear:
-    torch.manual_seed(0)
-    return nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
-
-
-def unquantised_4bit(kind: str = "nf4", nested: bool = False) -> nn.Linear:
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear4bit(IN, OUT, quant_type=kind, compress_statistics=nested).requires_grad_(False)
-    layer.load_state_dict(linear().state_dict())
-    return layer
-
-
-def bnb_4bit(kind: str = "nf4", nested: bool = False) -> nn.Linear:
-    return unquantised_4bit(kind, nested).to("cpu")
-
-
-def unquantised_int8(**settings) -> nn.Linear:
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear8bitLt(IN, OUT, **{"has_fp16_weights": False, **settings}).requires_grad_(False)
-    layer.load_state_dict(linear().state_dict())
-    return layer
-
-
-def bnb_int8(**settings) -> nn.Linear:
-    return unquantised_int8(**settings).to("cpu")
-
-
-def torchao(config: str = "Int8WeightOnlyConfig", group: int = 0, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    quantization = pytest.importorskip("torchao.quantization")
-    settings = {"granularity": quantization.PerGroup(group)} if group else {}
-    holder = nn.Sequential(linear(dtype))
-    quantization.quantize_(holder, getattr(quantization, config)(**settings))
-    return holder[0].requires_grad_(False)
-
-
-def zero_points(bits: int = 4) -> ZeroPointLinear:
-    return ZeroPointLinear.from_linear(linear(), bits)
-
-
-# every format that can be written -> (layer, the largest change of a weight when it is written once more)
-WRITABLE: dict[str, tuple[Callable[[], nn.Module], float]] = {
-    "nf4": (bnb_4bit, 0.0),
-    "nf4 nested": (lambda: bnb_4bit(nested=True), 1e-3),  # the block maxima are rounded once more
-    "fp4": (lambda: bnb_4bit("fp4"), 0.0),
-    "int8": (bnb_int8, 0.0),
-    "int8 outliers": (lambda: bnb_int8(threshold=6.0), 0.0),
-    "int8 in floating point": (lambda: bnb_int8(has_fp16_weights=True), 0.0),
-    "torchao": (torchao, 1e-6),
-    "torchao groups": (lambda: torchao(group=32), 1e-6),
-    "torchao bf16": (lambda: torchao(dtype=torch.bfloat16), 1e-6),
-    "torchao dynamic": (lambda: torchao("Int8DynamicActivationInt8WeightConfig"), 1e-6),
-    "zero points 4": (zero_points, 1e-6),
-    "zero points 8": (lambda: zero_points(8), 1e-6),
-}
-
-# the largest difference between a weight and what its layer makes of the identity matrix, which some formats round
-ROUNDING = {
-    "int8": 1e-3,
-    "int8 outliers": 1e-3,
-    "int8 in floating point": 1e-2,
-    "torchao bf16": 1e-2,
-    "torchao dynamic": 5e-3,
-}
-
-
-def through_the_layer(layer: nn.Module) -> Tensor:
-    """The weight (out, in) as the layer's own forward pass has it."""
-    dtype = torch.bfloat16 if layer.bias.dtype == torch.bfloat16 else torch.float32
-    with torch.no_grad():
-        return (layer(torch.eye(IN, dtype=dtype)) - layer.bias).T
 
 
 def assign(layer: nn.Module, tensors: dict) -> dict:
@@ -407,51 +345,3 @@ def test_asking_imports_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     for layer in layers[2:]:  # what is not bitsandbytes' own is read without it
         dequantize(layer)
     assert not is_quantized(linear())
-
-
-# -- LoftQ ------------------------------------------------------------------------------------
-
-
-class OnTheCPU(TorchFunctionMode):
-    """peft's LoftQ moves everything to a GPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if func is Tensor.to and "cuda" in [str(value) for value in (*args[1:], *kwargs.values())]:
-            args, kwargs = args[:1], {**kwargs, "device": "cpu"}
-        return func(*args, **kwargs)
-
-
-@pytest.mark.parametrize("iterations", [1, 3])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_loftq_equals_peft(bits: int, iterations: int) -> None:
-    from peft.utils.loftq_utils import loftq_init
-
-    layer = bnb_4bit() if bits == 4 else bnb_int8()
-    down, up, quantized = loftq(linear().weight, round_trip(layer), rank=8, iterations=iterations)
-    with OnTheCPU():
-        theirs, their_down, their_up = loftq_init(linear().weight, bits, 8, iterations)
-    for mine, other in ((quantized, theirs), (down, their_down), (up, their_up)):
-        assert (mine - other).abs().max() <= 1e-6 + 1e-4 * other.abs().max()
-
-
-@pytest.mark.parametrize("kind", ["nf4", "nf4 nested", "fp4", "torchao groups", "zero points 4"])
-def test_loftq_comes_closer_to_the_weight(kind: str) -> None:
-    weight = linear().weight
-    quantize = round_trip(WRITABLE[kind][0]())
-    errors = []
-    for iterations in (1, 5):
-        down, up, quantized = loftq(weight, quantize, rank=16, iterations=iterations)
-        assert (down.shape, up.shape) == ((16, IN), (OUT, 16))
-        errors.append((weight - quantized - up @ down).norm())
-    plain = (weight - quantize(weight)).norm()
-    assert errors[1] <= errors[0] < plain
-
-
-def test_loftq_names_what_is_out_of_range() -> None:
-    weight = torch.randn(6, 8)
-    with pytest.raises(ConfigError, match="iterations are 0"):
-        loftq(weight, torch.clone, rank=2, iterations=0)
-    for rank in (0, 7):
-        with pytest.raises(ConfigError, match="needs 1..6"):
-            loftq(weight, torch.clone, rank=rank)

@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import pytest
+import tiny_text
 import torch
 from layers import adapted, close, net_of, randomise
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from studio.adapters import AdapterConfig, AdapterPlan, AdapterSet, attach_adapters, inject
 from studio.errors import ConfigError
@@ -19,20 +19,11 @@ VOCABULARY, TOKENS = 30, [28, 3, 17]
 IDS = torch.tensor([[3, 5, 17, 3, 28, 9], [1, 2, 17, 29, 0, 4]])
 
 
-def llama(tied: bool = True) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tied,
-        attn_implementation="eager",
-    )
+def llama(tied: bool = True) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return LlamaForCausalLM(config).requires_grad_(False).eval()
+        model = tiny_text.llama(vocab_size=VOCABULARY, tie_word_embeddings=tied, attn_implementation="eager")
+        return model.requires_grad_(False).eval()
 
 
 def trained(model: nn.Module, targets: tuple[str, ...], tokens: list[int] = TOKENS) -> AdapterSet:

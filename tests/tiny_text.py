@@ -12,23 +12,22 @@ from torch import Tensor, nn
 VOCABULARY = 40
 
 
-def llama(kind: Any = tf.LlamaForCausalLM) -> Any:
+def llama(kind: Any = tf.LlamaForCausalLM, **changes: Any) -> Any:
     """Grouped-query attention, and a head width that is not width / heads."""
-    return kind(
-        tf.LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=6,
-            max_position_embeddings=64,
-            pad_token_id=0,
-            eos_token_id=None,
-            num_labels=3,
-        )
-    )
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 6,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        "num_labels": 3,
+    }
+    return kind(tf.LlamaConfig(**settings | changes))
 
 
 def gpt2() -> Any:
