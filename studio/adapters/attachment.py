@@ -13,6 +13,7 @@ from studio.adapters.base import Adapter
 from studio.adapters.layers import Target, WeightView, autocasts, kept, wide
 from studio.adapters.mixed import mixed_output, mixed_rows
 from studio.adapters.quantized import is_quantized
+from studio.adapters.through import Enter, Passage, leave, may_pass
 from studio.errors import ConfigError
 
 Recorder = Callable[["Attachment", Tensor | None], None]
@@ -34,6 +35,7 @@ class Attachment:
         self.adapters: list[Adapter] = []
         self.recorder: Recorder | None = None  # told of each call, for `AdapterSet.check_used`
         self.input: Tensor | None = None  # of the call under way, where adapters changed it
+        self.passage: Passage | None = None  # the call under way, where it goes through the weight
         self._hooked = (False, False)  # at all, and on the input
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -106,10 +108,20 @@ class Attachment:
             before = layer.register_forward_pre_hook(Substitute(self))
             return [before, layer.register_forward_hook(Restore(self), always_call=True)]
         handles = [layer.register_forward_pre_hook(ChangeInput(self), with_kwargs=True)] if on_input else []
-        return [*handles, layer.register_forward_hook(self, with_kwargs=True)]
+        passes = may_pass(self.target) and not on_input
+        if passes:
+            handles.append(layer.register_forward_pre_hook(Enter(self)))
+        return [*handles, layer.register_forward_hook(self, with_kwargs=True, always_call=passes)]
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def __call__(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor | None
+    ) -> Tensor | None:
         """The forward hook of a called layer."""
+        if self.passage is not None:
+            passage, self.passage = self.passage, None
+            return leave(layer, passage, output)
+        if output is None:
+            return None  # the call failed
         x, self.input = self.input, None
         base = None if x is not None or self.weight.saved else output  # is it the layer's own output?
         changed = x is not None

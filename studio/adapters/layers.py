@@ -281,9 +281,13 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 def version(tensor: Tensor) -> tuple[int, int, torch.Size]:
     """Changes whenever the tensor's values do: by assignment or in place."""
-    tensor = getattr(tensor, "qdata", tensor)  # a torchao tensor has no memory of its own
+    if type(tensor) not in _PLAIN:
+        tensor = getattr(tensor, "qdata", tensor)  # a torchao tensor has no memory of its own
     return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version, tensor.shape
 
 

@@ -139,6 +139,15 @@ class LowRank(Adapter):
         """`y` + strength * scale * up(h), without a temporary of the output's size."""
         return add_product(self.spec, y, h, self.up_weight().to(y.dtype), self.strength * self.scale)
 
+    def passes(self, tokens: int) -> bool:
+        """Whether a training step had better go through the weight (see through.py): it then costs less."""
+        return type(self).forward is LowRank.forward and self.low_rank and tokens > self.spec.in_features
+
+    @property
+    def magnitude(self) -> Tensor | None:
+        """The lengths that the rows of W + scale * up @ down are brought to, (out, 1), or None for no such thing."""
+        return None
+
     def export(self) -> dict[str, Tensor]:
         """`alpha` carries the scale, rsLoRA's too: readers compute alpha / rank."""
         down, up = self.down_weight().detach(), self.up_weight().detach()

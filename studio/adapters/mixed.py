@@ -128,15 +128,16 @@ def _stacked(adapters: Sequence[Adapter], x: Tensor, y: Tensor, weight: WeightVi
     if torch.is_grad_enabled():
         up, down, scale = _stack(adapters, rows.total, weight, y.dtype)
     else:  # kept for the next pass of the block, until a parameter or a strength changes
-        now = [
-            (id(one), one.strength, *(version(own) for own in one._parameters.values() if own is not None))
-            for one in adapters
-        ]
+        now = [mark for one in adapters for mark in (id(one), one.strength, *_versions(one))]
         if rows.stacks.get(id(weight), (None,))[0] != now:
             rows.stacks[id(weight)] = now, *_stack(adapters, rows.total, weight, y.dtype)
         _, up, down, scale = rows.stacks[id(weight)]
     h = torch.bmm(x.to(y.dtype).reshape(rows.total, -1, x.shape[-1]), down.mT)  # (samples, tokens, rank)
     return torch.baddbmm(y.reshape(rows.total, -1, y.shape[-1]), h, up, alpha=scale).view(y.shape)
+
+
+def _versions(adapter: Adapter) -> Iterator[object]:
+    return (version(own) for own in adapter._parameters.values() if own is not None)
 
 
 def _stack(
@@ -147,18 +148,21 @@ def _stack(
     products = [one.product(weight) for one in adapters]
     scales = [one.strength * scale for one, (_, _, scale) in zip(adapters, products, strict=True)]
     common = scales[0] if len(set(scales)) == 1 else 1.0
-    rank = max(down.shape[0] for _, down, _ in products)
-    factors = []
-    for (up, down, _), scale in zip(products, scales, strict=True):
+    rank = max([len(down) for _, down, _ in products])
+    ups: list[Tensor | None] = [None] * total
+    downs: list[Tensor | None] = [None] * total
+    for adapter, (up, down, _), scale in zip(adapters, products, scales, strict=True):
         up = up.mT if scale == common else scale * up.mT
-        rest = (0, 0, 0, rank - down.shape[0])
-        factors.append((F.pad(up, rest), F.pad(down, rest)) if rest[3] else (up, down))
-    none = len(factors)
-    place = [none] * total
-    for number, adapter in enumerate(adapters):
+        if missing := rank - len(down):
+            up, down = F.pad(up, (0, 0, 0, missing)), F.pad(down, (0, 0, 0, missing))
         for sample in adapter.gate.rows.samples:  # type: ignore[union-attr]
-            place[sample] = number
-    if none in place:
-        factors.append((torch.zeros_like(factors[0][0]), torch.zeros_like(factors[0][1])))
-    ups, downs = torch.stack([factors[one][0] for one in place]), torch.stack([factors[one][1] for one in place])
-    return ups.to(dtype), downs.to(dtype), common
+            ups[sample], downs[sample] = up, down
+    return _stacked_up(ups).to(dtype), _stacked_up(downs).to(dtype), common
+
+
+def _stacked_up(factors: Sequence[Tensor | None]) -> Tensor:
+    """The factors of all samples; zeros where there is none."""
+    if any(one is None for one in factors):
+        some = next(one for one in factors if one is not None)
+        factors = [torch.zeros_like(some) if one is None else one for one in factors]
+    return torch.stack(factors)  # type: ignore[arg-type]

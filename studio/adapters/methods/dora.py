@@ -116,6 +116,13 @@ class DoRA(LoRA):
             plain = base if bias is None else base - bias
         return y + self.strength * (gain * add_product(self.spec, plain.clone(), h, up, self.scale) - plain)
 
+    def passes(self, tokens: int) -> bool:
+        return self.options.norm_axis == "out" and self.strength == 1
+
+    @property
+    def magnitude(self) -> Tensor:
+        return self.dora_scale
+
     def export(self) -> dict[str, Tensor]:
         return {**super().export(), "dora_scale": self.dora_scale.detach()}
 

@@ -62,7 +62,8 @@ class LoRA(LowRank):
         up = torch.zeros(up_shape(spec, config.rank))
         # stored as (rank, out): its gradient then comes out of the faster of two equal products, with no copy
         self.lora_up = nn.Parameter(up if spec.dims else torch.zeros(up.mT.shape).mT)
-        anchored = check_init(self.options.init, spec, config.rank).anchored
+        # past nn.Module.__setattr__ and found without its __getattr__: every call asks
+        anchored = self.__dict__["anchored"] = check_init(self.options.init, spec, config.rank).anchored
         self.register_buffer("anchor_down", torch.zeros_like(self.lora_down) if anchored else None)
         self.register_buffer("anchor_up", torch.zeros_like(self.lora_up) if anchored else None)
         self.lora_down.requires_grad_(not self.options.freeze_down)
@@ -73,18 +74,18 @@ class LoRA(LowRank):
         up, down = initial_factors(self.options.init, self.spec, self.config, generator, weight)
         self.lora_up.copy_(up)
         self.lora_down.copy_(down)
-        if self.anchor_down is not None:
+        if self.anchored:
             self.anchor_up.copy_(up)
             self.anchor_down.copy_(down)
 
     def down_weight(self) -> Tensor:
-        return self.lora_down if self.anchor_down is None else torch.cat([self.lora_down, self.anchor_down])
+        return torch.cat([self.lora_down, self.anchor_down]) if self.anchored else self.lora_down
 
     def up_weight(self) -> Tensor:
         up = self.lora_up
         if self.options.freeze_down and torch.is_grad_enabled():
             up = _Projected.apply(up, self._down_matrices(), self.scale)
-        return up if self.anchor_up is None else torch.cat([up, -self.anchor_up], dim=1)
+        return torch.cat([up, -self.anchor_up], dim=1) if self.anchored else up
 
     def _down_matrices(self) -> Tensor:
         """`lora_down` as (experts, rank, in), or (groups, rank / groups, in / groups * kernel)."""
