@@ -65,6 +65,24 @@ def test_output_and_gradients_are_those_of_the_definition(method: str, bias: boo
         assert close(ours, theirs)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_1x1_convolution_goes_through_as_well(batch: int, passages) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 12, 1, dtype=torch.float64)).requires_grad_(False)
+    adapters = adapted(net, "dora")
+    adapters.to(torch.float64)
+    randomise(adapters, 1)
+    (target,) = named_targets({"net": net}).values()
+    found = []
+    for ours in (True, False):
+        x = tokens(batch, 5, 6).detach().movedim(-1, 1).requires_grad_()  # (batch, 8, 5, 6)
+        delta = adapters.adapters[0].delta_weight(WeightView(target))
+        output = net(x) if ours else nn.functional.conv2d(x, net[0].weight + delta, net[0].bias)
+        found.append([output, *torch.autograd.grad(output.sin().sum(), [x, *adapters.parameters()])])
+    assert len(passages) == 1
+    assert all(close(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_it_is_taken_where_it_pays(passages) -> None:
     net, adapters = linear("lora")
     net(tokens(8))

@@ -141,7 +141,7 @@ class LowRank(Adapter):
 
     def passes(self, tokens: int) -> bool:
         """Whether a training step had better go through the weight (see through.py): it then costs less."""
-        return type(self).forward is LowRank.forward and self.low_rank and tokens > self.spec.in_features
+        return type(self).forward is LowRank.forward and self.spec.kind == "linear" and tokens > self.spec.in_features
 
     @property
     def magnitude(self) -> Tensor | None:

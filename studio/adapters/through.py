@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from studio.adapters.layers import Target, autocasts
+from studio.adapters.layers import LayerSpec, Target, autocasts
 from studio.adapters.lowrank import LowRank
 
 if TYPE_CHECKING:
@@ -34,10 +34,19 @@ class Passage(NamedTuple):
 
 
 def may_pass(target: Target) -> bool:
-    """Whether the layer may be called with another weight: an nn.Linear as torch has it, dense, fp32 or wider."""
+    """Whether the layer may be called with another weight: an nn.Linear or a 1x1 nn.Conv2d as torch has them, dense,
+    in fp32 or wider."""
     layer, weight = target.layer, target.layer._parameters.get("weight")
-    plain = getattr(type(layer), "forward", None) is nn.Linear.forward and "forward" not in layer.__dict__
-    return plain and target.spec.called and type(weight) is nn.Parameter and weight.dtype in _WIDE
+    forward = getattr(type(layer), "forward", None)
+    plain = forward is nn.Linear.forward or (forward is nn.Conv2d.forward and _is_pointwise(target.spec))
+    own = plain and "forward" not in layer.__dict__
+    return own and target.spec.called and type(weight) is nn.Parameter and weight.dtype in _WIDE
+
+
+def _is_pointwise(spec: LayerSpec) -> bool:
+    """Whether a convolution is one matrix on the channels of each pixel."""
+    ones = spec.weight_shape[2:] == spec.options["stride"] == (1, 1)
+    return ones and spec.groups == 1 and spec.options["padding"] in ((0, 0), "valid", "same")
 
 
 _WIDE = (torch.float32, torch.float64)
@@ -59,12 +68,14 @@ class Enter:
         scale *= adapter.strength
         weight, gain = layer._parameters["weight"], None
         with torch.no_grad():
-            changed = torch.addmm(weight, up, down, alpha=scale, out=_room(weight))  # (out, in)
+            changed = torch.addmm(weight.flatten(1), up, down, alpha=scale, out=_room(weight))  # (out, in)
             if adapter.magnitude is not None:
                 gain = adapter.magnitude.flatten() / torch.linalg.vector_norm(changed, dim=1)
                 changed.mul_(gain[:, None])
         self.attachment.passage = Passage(args[0], up, down, scale, adapter.magnitude, gain)
-        layer.__dict__["weight"] = changed  # found before the registered parameter, which stays what it is
+        layer.__dict__["weight"] = changed.view(
+            weight.shape
+        )  # found before the registered parameter, which stays what it is
         torch.set_grad_enabled(False)
 
 
@@ -91,7 +102,7 @@ def _lone(attachment: Attachment, x: Tensor) -> LowRank | None:
         return None
     if not x.dtype == own["weight"].dtype == next(adapter.parameters()).dtype:  # type: ignore[union-attr]
         return None
-    return adapter if adapter.passes(x.numel() // x.shape[-1]) else None
+    return adapter if adapter.passes(x.numel() // adapter.spec.in_features) else None
 
 
 _rooms = threading.local()
@@ -105,7 +116,7 @@ def _room(weight: Tensor) -> Tensor | None:
     room = _rooms.__dict__.get(weight.dtype)
     if room is None or room.numel() < weight.numel():
         room = _rooms.__dict__[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
-    return room[: weight.numel()].view(weight.shape)
+    return room[: weight.numel()].view(weight.shape[:2])
 
 
 class _Through(torch.autograd.Function):
@@ -132,20 +143,29 @@ class _Through(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, up, down, magnitude, gain, weight, *rest = ctx.saved_tensors
-        rows, of_magnitude = gradient.flatten(0, -2), None  # (tokens, out)
+        rows, of_magnitude, of_x = _by_token(gradient, weight), None, None  # (tokens, out)
         if gain is not None:
-            rows, of_magnitude = _through_gain(rows, magnitude, gain, *rest)
-        flat, core = x.flatten(0, -2), (rows @ up).mul_(ctx.scale)  # (tokens, in), (tokens, rank)
+            output, bias = rest
+            rows, of_magnitude = _through_gain(rows, magnitude, gain, _by_token(output, weight), bias)
+        flat, core = _by_token(x, weight), (rows @ up).mul_(ctx.scale)  # (tokens, in), (tokens, rank)
         of_up = (flat @ down.T).T @ rows  # (rank, out): laid out as the parameter is
-        of_x = (rows @ weight).addmm_(core, down).view(x.shape) if ctx.needs_input_grad[1] else None
+        if ctx.needs_input_grad[1]:
+            of_x = (rows @ weight.flatten(1)).addmm_(core, down)  # (tokens, in)
+            pixels = (x.shape[0], *x.shape[2:], x.shape[1])
+            of_x = of_x.view(x.shape) if weight.ndim == 2 else of_x.view(pixels).movedim(-1, 1)
         return None, of_x, of_up.mul_(ctx.scale).T, core.T @ flat, None, of_magnitude, None, None, None
+
+
+def _by_token(tensor: Tensor, weight: Tensor) -> Tensor:
+    """(..., features) of a Linear, or (B, channels, height, width) of a convolution, as (tokens, features)."""
+    return (tensor if weight.ndim == 2 else tensor.movedim(1, -1)).flatten(0, -2)
 
 
 def _through_gain(
     rows: Tensor, magnitude: Tensor, gain: Tensor, output: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(gradient before the gain, gradient of the magnitudes): the output less its bias is proportional to these."""
-    product = rows * output.flatten(0, -2)
+    product = rows * output
     total = product.sum(0)
     if bias is not None:
         total -= bias * rows.sum(0)
