@@ -16,13 +16,15 @@ from studio.adapters.targets import Roles
 class Models:
     """The loaded parts of a base. `parts` holds nn.Modules by component name ("unet", "vae",
     "text_encoder", "text_encoder_2"); `tokenizers` by the name of their text encoder;
-    `scheduler` is a diffusers scheduler config as a dict; `source` is what the user asked for."""
+    `scheduler` is a diffusers scheduler config as a dict; `source` is what the user asked for. `words` are those
+    that stand for trained vectors in prompts, word -> text encoder -> (vectors, width)."""
 
     parts: dict[str, nn.Module]
     tokenizers: dict[str, Any]
     scheduler: dict[str, Any]
     source: str
     info: dict[str, Any] = field(default_factory=dict)
+    words: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def vae_factor(models: Models) -> int:
@@ -54,7 +56,24 @@ class ModelFamily:
     default_targets: ClassVar[tuple[str, ...]]
 
     def prefixes(self, models: Models) -> dict[str, nn.Module]:
-        """Name prefix -> adaptable module, in the canonical naming of `AdapterState`."""
+        """Name prefix -> adaptable module, in the canonical naming of `AdapterState`.
+
+        transformers 5 flattened CLIPTextModel: its modules then lie where `text_model.`'s were. A component
+        that a base does without (SD3's T5) has none.
+        """
+        prefixes: dict[str, nn.Module] = {}
+        for component in (name for name in self.components if name in models.parts):
+            module = models.parts[component]
+            flattened_clip = hasattr(module, "embeddings")
+            prefixes[f"{component}.text_model" if flattened_clip else component] = module
+        return prefixes
+
+    def load(self, source: str, dtype: torch.dtype = torch.float32, config: str | None = None) -> Models:
+        """Loads a base from a hub id, a diffusers folder or a single-file checkpoint.
+
+        A single file holds neither configurations nor tokenizers: they come from `config`, a diffusers
+        folder, or from the hub. Raises ConfigError where a part cannot be found.
+        """
         raise NotImplementedError
 
     def reference(self, variant: str = "") -> Models:
@@ -70,14 +89,6 @@ FAMILIES: dict[str, ModelFamily] = {}
 
 class DiffusionFamily(ModelFamily):
     """A family that denoises latents."""
-
-    def load(self, source: str, dtype: torch.dtype = torch.float32, config: str | None = None) -> Models:
-        """Loads a base from a hub id, a diffusers folder or a single-file checkpoint.
-
-        A single file holds neither configurations nor tokenizers: they come from `config`, a diffusers
-        folder, or from the hub. Raises ConfigError where a part cannot be found.
-        """
-        raise NotImplementedError
 
     def encode_image(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) of `pixels` (B, 3, H, W) in [-1, 1]; the mean without a generator."""

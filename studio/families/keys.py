@@ -1,6 +1,7 @@
 """Layer names: flattened (kohya's) and dotted, diffusers' and LDM's (the original Stable Diffusion code's).
 
-Every map here can be inverted, and none needs a model: a U-Net's config is enough.
+Those of diffusion transformers are in `dit`. Every map here can be inverted, and none needs a model: a U-Net's
+config is enough.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from studio.families.dit import FLUX_NAMES, SD3_NAMES
 
 # path segments with an underscore inside: all that is needed to undo the flattening
 WORDS = (
@@ -18,6 +21,10 @@ WORDS = (
     *("skip_connection", "time_embed", "label_emb"),
     *("text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj", "text_projection"),
     *("conv_norm_out", "layer_norm1", "layer_norm2", "final_layer_norm", "token_embedding", "position_embedding"),
+    *("single_transformer_blocks", "norm1_context", "ff_context", "norm_q", "norm_k", "norm_added_q", "norm_added_k"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "proj_mlp", "norm_out", "pos_embed", "x_embedder"),
+    *("context_embedder", "time_text_embed", "timestep_embedder", "text_embedder", "guidance_embedder"),
+    *("wi_0", "wi_1", "layer_norm", "relative_attention_bias", "embed_tokens"),
 )
 _SEGMENT = re.compile(rf"(?:{'|'.join(WORDS)})(?=_|$)|[^_]+")
 
@@ -28,10 +35,12 @@ UNET_LAYER = re.compile(
     rf"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.({_ATTENTIONS}|{_RESNETS}|(down|up)samplers\.\d+\.conv)"
     r"|(time|add)_embedding\.linear_[12]|conv_in|conv_norm_out|conv_out"
 )
-TEXT_LAYER = re.compile(
+CLIP_LAYER = re.compile(
     r"text_model\.(encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12]|layer_norm[12])|final_layer_norm"
     r"|embeddings\.(token|position)_embedding)|text_projection"
 )
+_T5_PARTS = r"SelfAttention\.([qkvo]|relative_attention_bias)|DenseReluDense\.(wi(_[01])?|wo)|layer_norm"
+T5_LAYER = re.compile(rf"encoder\.(block\.\d+\.layer\.\d+\.({_T5_PARTS})|final_layer_norm|embed_tokens)|shared")
 
 _RESNET_PARTS = {
     "norm1": "in_layers.0",
@@ -65,8 +74,18 @@ def unflatten(flat: str) -> str:
 def known_layer(name: str) -> bool:
     """Whether `name` is a full layer name that adapter files have a way to write."""
     component, _, path = name.partition(".")
-    grammar = UNET_LAYER if component == "unet" else TEXT_LAYER
-    return component in ("unet", "text_encoder", "text_encoder_2") and grammar.fullmatch(path) is not None
+    if component == "transformer":
+        return FLUX_NAMES.to_original(path) is not None or SD3_NAMES.to_original(path) is not None
+    return any(grammar.fullmatch(path) for grammar in _GRAMMARS.get(component, ()))
+
+
+# which kind of encoder is the second depends on the family
+_GRAMMARS = {
+    "unet": (UNET_LAYER,),
+    "text_encoder": (CLIP_LAYER,),
+    "text_encoder_2": (CLIP_LAYER, T5_LAYER),
+    "text_encoder_3": (T5_LAYER,),
+}
 
 
 class LDMNames:

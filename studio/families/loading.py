@@ -29,13 +29,19 @@ def load_base(
     diffusers folder that lends a single file its configurations and tokenizers. `prediction_type`
     ("epsilon" or "v_prediction") replaces the base's own, which a single file does not say: diffusers
     takes every Stable Diffusion 2 file for "v_prediction", every SDXL file for "epsilon". Raises
-    ConfigError for a base that is not there, that is damaged, or that no family knows.
+    ConfigError for a base that is not there, that is damaged, that no family knows, or that is of a family of
+    names alone.
     """
     place = str(assets() / "base") if source == "builtin" else source
     if source == "builtin" and not Path(place).is_dir():
         raise ConfigError(f"the built-in base is not at {place}; reinstall the package, or build it")
     family = FAMILIES[family_of(place)]
-    assert isinstance(family, DiffusionFamily)
+    if not isinstance(family, DiffusionFamily):
+        able = ", ".join(name for name, one in FAMILIES.items() if isinstance(one, DiffusionFamily))
+        raise ConfigError(
+            f"{source} is of the family '{family.name}', which is not supported yet for training and generating: those "
+            f"are {able}. Its adapters can be checked, converted and merged"
+        )
     models = family.load(place, dtype, config)
     _check(family, models, source)
     models.source = source
@@ -56,16 +62,21 @@ def _check(family: DiffusionFamily, models: Models, source: str) -> None:
         )
 
 
+# how the names of a family's pipelines begin, the longest first
+_PIPELINES = {"StableDiffusionXL": "sdxl", "StableDiffusion3": "sd3", "StableDiffusion": "sd", "FluxPipeline": "flux"}
+_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # a hub id may end in ".0", as SDXL's does
+_BLOCKS = {"double_blocks.0.": "flux", "joint_blocks.0.": "sd3"}  # of transformers' own files, and in checkpoints
+
+
 def family_of(source: str) -> str:
     """The family's name, read from `model_index.json` or from a checkpoint's keys; see `load_base`."""
     path = Path(source)
     if path.is_file():
         return _family_of_checkpoint(path)
     kind = str(_pipeline_config(path, source).get("_class_name"))
-    if kind.startswith("StableDiffusionXL"):
-        return "sdxl"
-    if kind.startswith("StableDiffusion") and not kind.startswith("StableDiffusion3"):
-        return "sd"
+    for start, family in _PIPELINES.items():
+        if kind.startswith(start):
+            return family
     raise ConfigError(f"{source} is a {kind}; bases of the families {', '.join(FAMILIES)} are supported")
 
 
@@ -78,7 +89,7 @@ def _pipeline_config(path: Path, source: str) -> dict[str, Any]:
             return json.loads(index.read_text(encoding="utf-8"))
         except ValueError as problem:
             raise ConfigError(f"{index} is damaged: {problem}") from problem
-    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix:
+    if source.count("/") != 1 or source.startswith((".", "/", "~")) or path.suffix in _FILES:
         raise ConfigError(
             f"there is no model at {path.absolute()}; give a diffusers folder, a .safetensors file, a hub id "
             "such as stable-diffusion-v1-5/stable-diffusion-v1-5, or builtin"
@@ -106,6 +117,9 @@ def _family_of_checkpoint(path: Path) -> str:
             keys = set(file.keys())
     except (SafetensorError, OSError) as problem:
         raise ConfigError(f"{path} cannot be read: {problem}") from problem
+    for start, family in _BLOCKS.items():
+        if any(key.removeprefix("model.diffusion_model.").startswith(start) for key in keys):
+            return family
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise ConfigError(f"{path} is not a full checkpoint (no model.diffusion_model.* keys); is it an adapter?")
     return "sdxl" if any(key.startswith("conditioner.embedders.1.") for key in keys) else "sd"
@@ -115,6 +129,13 @@ def load_pipeline(
     kind: str, source: str, dtype: torch.dtype, config: str | None, left_out: tuple[str, ...] = ()
 ) -> Models:
     """The parts of a diffusers pipeline of class `kind`, less `left_out`; see `DiffusionFamily.load`."""
+    return _models(open_pipeline(kind, source, dtype, config, left_out), source, dtype)
+
+
+def open_pipeline(
+    kind: str, source: str, dtype: torch.dtype, config: str | None, left_out: tuple[str, ...] = ()
+) -> DiffusionPipeline:
+    """The diffusers pipeline itself; arguments and errors as for `load_pipeline`."""
     import diffusers
     import transformers
 
@@ -124,12 +145,10 @@ def load_pipeline(
     options: dict[str, Any] = {"dtype": dtype, **dict.fromkeys(left_out)}
     try:
         if Path(source).is_file():
-            pipeline = pipeline_class.from_single_file(source, config=config, **options)
-        else:
-            pipeline = _from_pretrained(pipeline_class, source, options)
+            return pipeline_class.from_single_file(source, config=config, **options)
+        return _from_pretrained(pipeline_class, source, options)
     except load_errors() as problem:
         raise ConfigError(_cannot_load(source, config, problem)) from problem
-    return _models(pipeline, source, dtype)
 
 
 def _from_pretrained(pipeline_class: Any, source: str, options: dict[str, Any]) -> DiffusionPipeline:

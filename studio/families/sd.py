@@ -6,14 +6,15 @@ Whether a base predicts the noise or the velocity is in its scheduler config, no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from studio.adapters.targets import Roles
 from studio.families.base import FAMILIES, Conditioning, DiffusionFamily, Models, latent_statistics
 from studio.families.loading import load_pipeline
+from studio.families.reference import CLIP_H, CLIP_L, Parts, meta_models
 
 UNET_ROLES: Roles = {
     "attention": (r"unet\..+\.attn[12]\.to_(q|k|v|out\.0)",),
@@ -30,11 +31,18 @@ UNET_ROLES: Roles = {
     "text-encoder": (r"text_encoder(_2)?\.text_model\.encoder\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.fc[12])",),
 }
 
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-SD1_UNET = {"cross_attention_dim": 768}
-SD2_UNET = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-# OpenCLIP ViT-H without its last layer, as Stable Diffusion 2 uses it
-CLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+_BLOCKS = {
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+    "layers_per_block": 2,
+}
+SD1_UNET = {**_BLOCKS, "cross_attention_dim": 768}
+SD2_UNET = {
+    **_BLOCKS,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
 
 
 class StableDiffusion(DiffusionFamily):
@@ -51,18 +59,9 @@ class StableDiffusion(DiffusionFamily):
         return load_pipeline(self.pipeline, source, dtype, config, self.left_out)
 
     def reference(self, variant: str = "sd1") -> Models:
-        if variant == "sd2":
-            return meta_models(SD2_UNET, {"text_encoder": ("CLIPTextModel", CLIP_H)}, self.name)
-        return meta_models(SD1_UNET, {"text_encoder": ("CLIPTextModel", CLIP_L)}, self.name)
-
-    def prefixes(self, models: Models) -> dict[str, nn.Module]:
-        """transformers 5 flattened CLIPTextModel: its modules then lie where `text_model.`'s were."""
-        prefixes: dict[str, nn.Module] = {}
-        for component in self.components:
-            module = models.parts[component]
-            flattened = component.startswith("text_encoder") and not hasattr(module, "text_model")
-            prefixes[f"{component}.text_model" if flattened else component] = module
-        return prefixes
+        unet, encoder = (SD2_UNET, CLIP_H) if variant == "sd2" else (SD1_UNET, CLIP_L)
+        parts: Parts = {"text_encoder": ("CLIPTextModel", encoder), "unet": ("UNet2DConditionModel", unet)}
+        return meta_models(self.name, parts)
 
     @torch.no_grad()
     def encode_image(self, models: Models, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -103,20 +102,6 @@ class StableDiffusion(DiffusionFamily):
         vae = models.parts["vae"]
         shift, scale = latent_statistics(models)
         return vae.decode((latents / scale + shift).to(vae.dtype)).sample.clamp(-1, 1)
-
-
-def meta_models(unet: Mapping[str, Any], encoders: Mapping[str, tuple[str, Mapping[str, Any]]], name: str) -> Models:
-    """A U-Net and text encoders on the meta device; `encoders`: component -> (transformers class, config)."""
-    import transformers
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        parts: dict[str, nn.Module] = {
-            component: getattr(transformers, kind)(transformers.CLIPTextConfig(**config))
-            for component, (kind, config) in encoders.items()
-        }
-        parts["unet"] = UNet2DConditionModel(**unet)
-    return Models(parts, tokenizers={}, scheduler={}, source=name)
 
 
 FAMILIES["sd"] = StableDiffusion()

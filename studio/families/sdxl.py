@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from studio.families.base import FAMILIES, Conditioning, Models, vae_factor
-from studio.families.sd import CLIP_L, StableDiffusion, meta_models
+from studio.families.reference import CLIP_BIG_G, CLIP_L, meta_models
+from studio.families.sd import StableDiffusion
 
 SDXL_UNET = {
     "block_out_channels": (320, 640, 1280),
@@ -23,13 +24,6 @@ SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-CLIP_BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -41,11 +35,14 @@ class StableDiffusionXL(StableDiffusion):
     left_out = ()
 
     def reference(self, variant: str = "sdxl") -> Models:
-        encoders = {
-            "text_encoder": ("CLIPTextModel", CLIP_L),
-            "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_BIG_G),
-        }
-        return meta_models(SDXL_UNET, encoders, self.name)
+        return meta_models(
+            self.name,
+            {
+                "text_encoder": ("CLIPTextModel", CLIP_L),
+                "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_BIG_G),
+                "unet": ("UNet2DConditionModel", SDXL_UNET),
+            },
+        )
 
     def encode_tokens(self, models: Models, tokens: Mapping[str, Tensor], clip_skip: int = 0) -> Conditioning:
         """The last but one hidden states of both encoders side by side, and the second's pooled text."""
