@@ -1,11 +1,13 @@
 """Loads adapter files with diffusers alone, in a process of its own, and says what they do.
 
-Run with a JSON list of {kind, base, file, drop} and an output path; writes a torch file with, for each,
-the noise prediction, and with "drop" the largest change that switching off each module makes.
+Run with a JSON list of {kind, base, file}, a torch file of each kind's inputs, and an output path; writes a torch
+file with, for each: every component's output, layer -> change of its weight, and why the file was refused.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import sys
 
@@ -13,52 +15,57 @@ import diffusers
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-PROMPTS = ["a cat", "two dogs, sitting"]
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+PIPELINES = {"sd15": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline", "flux": "FluxPipeline"}
+LEFT_OUT = {"flux": ("scheduler", "vae", "tokenizer", "tokenizer_2")}  # of the tiny pipelines
 
 
-def encode(pipeline, kind):
-    encoded = pipeline.encode_prompt(
-        prompt=PROMPTS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).repeat(2, 1)
-    return encoded[0], {"text_embeds": encoded[2], "time_ids": sizes} if kind == "sdxl" else None
-
-
-def predict(pipeline, text):
-    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(6))
-    return pipeline.unet(latents, torch.tensor([40, 700]), text[0], added_cond_kwargs=text[1]).sample
-
-
-def changes(pipeline, kind, whole):
-    """Component.module -> largest change of the prediction without that module (the others fused, for speed)."""
+def weights(pipeline):
+    """Full layer name -> its weight, under PEFT's wrapping too."""
     found = {}
-    text = encode(pipeline, kind)
-    pipeline.fuse_lora()
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        for name, layer in getattr(pipeline, component, torch.nn.Module()).named_modules():
-            if isinstance(layer, BaseTunerLayer):
-                weight = layer.get_base_layer().weight
-                (adapter,) = layer.scaling
-                kept = weight.clone()
-                weight.sub_(layer.get_delta_weight(adapter))
-                without = predict(pipeline, text if component == "unet" else encode(pipeline, kind))
-                weight.copy_(kept)
-                found[f"{component}.{name}"] = (without - whole).abs().max().item()
+    for component in COMPONENTS:
+        module = getattr(pipeline, component, None)
+        for name, parameter in [] if module is None else module.named_parameters():
+            if "lora_" not in name and name.endswith(".weight"):
+                path = name.replace(".base_layer", "").removesuffix(".weight")
+                flat_clip = component != "unet" and path.startswith("encoder.layers.")  # since transformers 5
+                found[f"{component}.{'text_model.' * flat_clip}{path}"] = parameter.clone()
     return found
 
 
-@torch.no_grad()
-def main(jobs, output):
-    torch.set_num_threads(1)
-    results = []
-    for job in jobs:
-        kind = "StableDiffusionXLPipeline" if job["kind"] == "sdxl" else "StableDiffusionPipeline"
-        pipeline = getattr(diffusers, kind).from_pretrained(job["base"])
+@functools.cache
+def loaded(kind, base):
+    left_out = dict.fromkeys(LEFT_OUT.get(kind, ()))
+    return getattr(diffusers, PIPELINES[kind]).from_pretrained(base, **left_out)
+
+
+def consume(job, inputs):
+    from component_outputs import outputs
+
+    pipeline = copy.deepcopy(loaded(job["kind"], job["base"]))
+    before = weights(pipeline)
+    try:
         pipeline.load_lora_weights(job["file"])
-        whole = predict(pipeline, encode(pipeline, job["kind"]))
-        results.append({"prediction": whole, "changes": changes(pipeline, job["kind"], whole) if job["drop"] else {}})
+    except Exception as problem:
+        return {"refused": repr(problem)}
+    found = outputs(pipeline, inputs[job["kind"]])
+    for component in COMPONENTS:
+        for layer in getattr(pipeline, component, torch.nn.Module()).modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge()
+    after = weights(pipeline)
+    changes = {name: after[name] - weight for name, weight in before.items()}
+    return {"outputs": found, "changes": {name: one for name, one in changes.items() if one.any()}, "refused": ""}
+
+
+@torch.no_grad()
+def main(jobs, inputs, output, tests):
+    torch.set_num_threads(1)
+    sys.path.append(tests)
+    inputs = torch.load(inputs)
+    results = [consume(job, inputs) for job in json.loads(jobs)]
     ours = [name for name in sys.modules if name.partition(".")[0] in ("studio", "trainers")]
     torch.save({"results": results, "ours": ours}, output)
 
 
-main(json.loads(sys.argv[1]), sys.argv[2])
+main(*sys.argv[1:])

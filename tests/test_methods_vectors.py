@@ -183,7 +183,7 @@ def test_vera_refuses_what_would_not_train_or_fit() -> None:
     with pytest.raises(ConfigError, match="d_initial is 0"):
         adapted(net_of("linear")[0], "vera", {"d_initial": 0})
     entry = adapted(net_of("linear")[0], "vera").state()["net.layer"]
-    with pytest.raises(ConfigError, match="projections of 12 inputs and 8 outputs"):
+    with pytest.raises(ConfigError, match="projections of 12 and 8 channels"):
         attach_adapters({"net": net_of("linear without bias")[0]}, {"net.layer": entry})
 
 

@@ -94,6 +94,8 @@ class Adapter(nn.Module):
     """The suffixes that every file entry of the method has; empty where it is written as another method."""
     optional: ClassVar[frozenset[str]] = frozenset()
     """The suffixes that an entry may have besides."""
+    integers: ClassVar[frozenset[str]] = frozenset()
+    """Those of them whose tensors hold integers; `alpha` may, all others hold floating-point numbers."""
 
     spec: LayerSpec
     config: AdapterConfig
@@ -232,6 +234,11 @@ class Adapter(nn.Module):
     def owns(cls, suffixes: frozenset[str]) -> bool:
         """Whether a file entry with exactly these suffixes is of this method."""
         return bool(cls.needed) and cls.needed <= suffixes <= cls.needed | cls.optional
+
+    @classmethod
+    def named(cls, tensors: Mapping[str, Tensor]) -> str:
+        """The name of the method of an entry that `owns` gave to this one, where another's look alike."""
+        return cls.method
 
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> Adapter:

@@ -16,7 +16,16 @@ AnyAdapter = TypeVar("AnyAdapter", bound=Adapter)
 
 def alpha_of(tensors: Mapping[str, Tensor]) -> float | None:
     """The entry's alpha; None, which means the rank, where it has none, as in sd-scripts."""
-    return float(tensors["alpha"]) if "alpha" in tensors else None
+    return number_of(tensors, "alpha") if "alpha" in tensors else None
+
+
+def number_of(tensors: Mapping[str, Tensor], name: str, default: float = 0.0) -> float:
+    """The entry's number of that name, or `default`. Raises ConfigError for several numbers."""
+    if name not in tensors:
+        return default
+    if tensors[name].numel() != 1:
+        raise ConfigError(f"the file's {name} is {tuple(tensors[name].shape)}; it must be one number")
+    return float(tensors[name])
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from studio.adapters.layers import Target
 from studio.adapters.quantized import is_quantized, layer_shape
 from studio.adapters.targets import AdapterPlan, Roles, match_targets, named_targets, select
 from studio.errors import ConfigError
+from studio.units import size
 
 One = TypeVar("One")
 Key = TypeVar("Key")
@@ -239,9 +240,3 @@ def _counts(counts: Mapping[str, int]) -> str:
 def _some(names: Collection[str], most: int = 3) -> str:
     shown = ", ".join(list(names)[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
-
-
-def size(count: int) -> str:
-    """A number of bytes in words."""
-    unit, name = next((one for one in ((2**30, "GiB"), (2**20, "MiB")) if count >= one[0]), (2**10, "KiB"))
-    return f"{count / unit:.1f} {name}"

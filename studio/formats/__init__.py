@@ -1,6 +1,6 @@
 """Adapter files: one hub type, `AdapterState`; each format reads and writes it.
 
-A new format is one module with `recognises`, `has_name`, `objection`, `read` and `write`, and one line in
+A new format is one module with `recognises`, `has_name`, `objection`, `read` and `write`, and its place in
 `FORMATS`.
 """
 
@@ -10,15 +10,35 @@ from pathlib import Path
 from types import ModuleType
 
 from studio.errors import ConfigError, nearest
-from studio.formats import diffusers, kohya, peft
+from studio.formats import comfyui, diffusers, embeddings, kohya, lycoris, onetrainer, peft
 from studio.formats.files import load_keys
 from studio.formats.hub import locate
 from studio.formats.reading import Entries
 from studio.formats.state import AdapterState
 
-FORMATS: dict[str, ModuleType] = {"kohya": kohya, "diffusers": diffusers, "peft": peft}
+FORMATS: dict[str, ModuleType] = {
+    "onetrainer": onetrainer,
+    "lycoris": lycoris,
+    "comfyui": comfyui,
+    "peft": peft,
+    "diffusers": diffusers,
+    "kohya": kohya,
+    "embedding": embeddings,
+}
+"""In the order in which a file is tried for them: those with prefixes of their own come first, the widest last."""
+_WITH_EMBEDDINGS = ("kohya", "comfyui", "lycoris", "onetrainer", "embedding")
+_BAKE = "bake it into a LoRA or a full difference (studio convert --bake lora, or diff)"
 
-__all__ = ["FORMATS", "AdapterState", "adapter_path", "check_layers", "format_of", "read_adapter", "write_adapter"]
+__all__ = [
+    "FORMATS",
+    "AdapterState",
+    "adapter_path",
+    "check_format",
+    "check_layers",
+    "format_of",
+    "read_adapter",
+    "write_adapter",
+]
 
 
 def read_adapter(source: str | Path) -> AdapterState:
@@ -34,9 +54,15 @@ def read_adapter(source: str | Path) -> AdapterState:
 def write_adapter(state: AdapterState, path: str | Path, format: str = "kohya") -> Path:
     """Writes the adapter and returns where: a `.safetensors` file, or a folder for "peft".
 
-    Files are written whole or not at all. Raises ConfigError as `check_layers` does.
+    Files are written whole or not at all. Raises ConfigError as `check_layers` does, and for trained tokens
+    (`state.embeddings`) in a format that has no place for them.
     """
     check_layers(state.tensors, state.family, format)
+    if state.embeddings and format not in _WITH_EMBEDDINGS:
+        raise ConfigError(
+            f"the format '{format}' has no place for trained tokens ({', '.join(state.embeddings)}): use one of "
+            f"{', '.join(_WITH_EMBEDDINGS)}"
+        )
     name = str(path).removesuffix(".safetensors")
     target = Path(name if format == "peft" else f"{name}.safetensors")
     FORMATS[format].write(state, target)
@@ -49,16 +75,28 @@ def check_layers(layers: Entries, family: str, format: str) -> None:
     `layers` maps full layer names to what their adapters export. For before training: what this accepts,
     `write_adapter` can write.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"unknown format '{format}'.{nearest(format, FORMATS)} Formats: {', '.join(FORMATS)}")
+    check_format(format)
     nameless = [name for name in layers if not FORMATS[format].has_name(name, family)]
     if nameless:
         raise ConfigError(
             f"the format '{format}' has no names for {len(nameless)} of the layers: {', '.join(nameless[:5])}. "
-            "Choose other targets."
+            "Choose other targets, or another format"
         )
     if objection := FORMATS[format].objection(layers):
-        raise ConfigError(f"the format '{format}' cannot hold {objection}: use the format 'kohya'")
+        others = ", ".join(name for name in FORMATS if name != format and _can_hold(name, layers, family))
+        fix = f"use one of the formats {others}, or {_BAKE}" if others else _BAKE
+        raise ConfigError(f"the format '{format}' cannot hold {objection.removesuffix('.')}: {fix}")
+
+
+def check_format(name: str) -> None:
+    """Raises ConfigError for an unknown format."""
+    if name not in FORMATS:
+        raise ConfigError(f"unknown format '{name}'.{nearest(name, FORMATS)} Formats: {', '.join(FORMATS)}")
+
+
+def _can_hold(format: str, layers: Entries, family: str) -> bool:
+    module = FORMATS[format]
+    return all(module.has_name(name, family) for name in layers) and not module.objection(layers)
 
 
 def adapter_path(source: str | Path) -> Path:

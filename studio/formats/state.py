@@ -21,11 +21,16 @@ class AdapterState:
     tensor. A layer's suffixes tell its method; layers of several methods may stand side by side. Where
     there is a `lora_down.weight`, `alpha` is always present: the effective scale is alpha / rank.
     `metadata` holds safetensors strings (`ss_*`, `modelspec.*`, ours).
+
+    `embeddings["ink-style"]["text_encoder"]` (vectors, width): what textual inversion (arXiv:2208.01618) trained,
+    token -> component -> the rows that stand in the prompt's place of the token, one or more. A file may hold
+    embeddings alone, layers alone, or both.
     """
 
     family: str
     tensors: Mapping[str, Mapping[str, Tensor]]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    embeddings: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, kw_only=True)
 
     @property
     def methods(self) -> dict[str, int]:
@@ -35,5 +40,5 @@ class AdapterState:
             method = method_of(frozenset(entry))
             if method is None:
                 raise KeyError(f"no method has the entries {', '.join(sorted(entry))}")
-            counts[method.method] += 1
+            counts[method.named(entry)] += 1
         return dict(counts.most_common())

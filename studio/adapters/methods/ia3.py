@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from studio.adapters.base import AdapterConfig, read_options
 from studio.adapters.channel_map import ChannelMap
-from studio.adapters.entries import filled
+from studio.adapters.entries import filled, number_of
 from studio.adapters.layers import LayerSpec, WeightView
 from studio.errors import ConfigError
 
@@ -39,6 +39,7 @@ class IA3(ChannelMap):
     Options = IA3Options
     needed = frozenset({"weight", "on_input"})
     optional = frozenset({"on_bias"})
+    integers = frozenset({"on_input", "on_bias"})
     within_groups = True  # type: ignore[assignment]
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
@@ -73,8 +74,8 @@ class IA3(ChannelMap):
 
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> IA3:
-        gate = "input" if bool(tensors["on_input"]) else "output"
-        options = {"gate": gate, "gate_bias": bool(tensors.get("on_bias", 0))}
+        gate = "input" if number_of(tensors, "on_input") else "output"
+        options = {"gate": gate, "gate_bias": bool(number_of(tensors, "on_bias"))}
         adapter = cls(spec, AdapterConfig(cls.method, options=options))
         return filled(adapter, tensors, besides=frozenset({"on_input", "on_bias"}))
 

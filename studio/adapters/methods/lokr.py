@@ -148,11 +148,16 @@ class LoKr(Adapter):
 
     def _fits(self) -> bool:
         """Whether the tensors multiply to a weight of the layer's shape."""
+        kernels = {"lokr_w2", "lokr_t2"}
+        if any(one.ndim != 2 for name, one in self.named_parameters() if name not in kernels):
+            return False
         try:
             (a, b), (up, down) = self.first().shape, self.second()
         except RuntimeError:  # they do not even fit each other
             return False
         out = a * len(down if up is None else up)
+        if up is not None and up.shape[1] != len(down):
+            return False
         return (out, b * down.shape[1], *down.shape[2:]) == self.spec.weight_shape
 
 

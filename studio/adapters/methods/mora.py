@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from studio.adapters.base import Adapter, AdapterConfig
+from studio.adapters.entries import number_of
 from studio.adapters.layers import LayerSpec, WeightView, wide
 from studio.errors import ConfigError
 
@@ -41,6 +42,7 @@ class MoRA(Adapter):
     kinds = frozenset({"linear"})
     Options = MoRAOptions
     needed = frozenset({"mora_weight", "mora_type"})
+    integers = frozenset({"mora_type"})
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
         super().__init__(spec, config)
@@ -84,7 +86,7 @@ class MoRA(Adapter):
 
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> MoRA:
-        matrix, kind = tensors["mora_weight"], int(tensors["mora_type"])
+        matrix, kind = tensors["mora_weight"], int(number_of(tensors, "mora_type"))
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or (kind == 6 and len(matrix) % 2):
             raise ConfigError(
                 f"the file's mora_weight is {tuple(matrix.shape)}; it must be square, and even for type 6"

@@ -6,7 +6,7 @@ Each block is a Cayley transform, R = (I + Q) (I - Q)^-1 with Q = B - B^T, here 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from studio.adapters.base import METHODS, Adapter, AdapterConfig, read_options
 from studio.adapters.channel_map import ChannelMap
-from studio.adapters.entries import filled
+from studio.adapters.entries import filled, number_of
 from studio.adapters.layers import LayerSpec, WeightView, wide
 from studio.errors import ConfigError
 
@@ -108,17 +108,22 @@ class OFT(ChannelMap):
         return entry if self.rescale is None else {**entry, "rescale": self.rescale.detach()}
 
     @classmethod
-    def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> Adapter:
+    def named(cls, tensors: Mapping[str, Tensor]) -> str:
         """Blocks of four dimensions are BOFT's: the number of butterfly stages comes first."""
+        return "boft" if tensors["oft_blocks"].ndim == 4 else "oft"
+
+    @classmethod
+    def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> Adapter:
         blocks = tensors["oft_blocks"]
-        number, size = blocks.shape[-3:-1]
+        number, size = blocks.shape[-3:-1] if blocks.ndim in (3, 4) else (0, 0)
         if number * size != spec.out_features:
             raise ConfigError(
                 f"the file's oft_blocks are {tuple(blocks.shape)}; this layer has {spec.out_features} outputs: "
                 "the file is for another base"
             )
-        method, rank = ("boft", size) if blocks.ndim == 4 else ("oft", number)
-        options: dict[str, Any] = {"constraint": float(tensors.get("alpha", 0)), "rescaled": "rescale" in tensors}
+        method = cls.named(tensors)
+        rank = size if method == "boft" else number
+        options: dict[str, Any] = {"constraint": number_of(tensors, "alpha"), "rescaled": "rescale" in tensors}
         return filled(METHODS[method](spec, AdapterConfig(method, rank, options=options)), tensors)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from studio.adapters.base import AdapterConfig, read_options
 from studio.adapters.channel_map import ChannelMap
-from studio.adapters.entries import filled
+from studio.adapters.entries import filled, number_of
 from studio.adapters.layers import LayerSpec, WeightView, wide
 from studio.adapters.methods.oft import cayley, check_block_size, divide, turned
 from studio.errors import ConfigError
@@ -27,7 +27,7 @@ from studio.errors import ConfigError
 @dataclass(frozen=True)
 class OFTv2Options:
     """`block_size`: the channels of a block, instead of the number of blocks that `rank` gives.
-    `block_share`: one rotation for all blocks. `neumann_terms`: 2 or more (peft's
+    `block_share`: one rotation for all blocks. `neumann_terms`: 2 to 64 (peft's
     num_cayley_neumann_terms), or 0 for the exact inverse (use_cayley_neumann=False), where peft turns
     the other way round. `coft`: after each step, Q returns to a ball of radius eps / sqrt(blocks)."""
 
@@ -39,8 +39,8 @@ class OFTv2Options:
 
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
-        if self.neumann_terms < 0 or self.neumann_terms == 1:
-            raise ConfigError(f"neumann_terms is {self.neumann_terms}; it is 2 or more, or 0 for the exact inverse")
+        if self.neumann_terms not in (0, *range(2, 65)):
+            raise ConfigError(f"neumann_terms is {self.neumann_terms}; it is 2 to 64, or 0 for the exact inverse")
         if self.eps <= 0:
             raise ConfigError(f"eps is {self.eps}; it must be above 0")
 
@@ -53,6 +53,7 @@ class OFTv2(ChannelMap):
     Options = OFTv2Options
     needed = frozenset({"oft_R.weight"})
     optional = frozenset({"neumann_terms"})
+    integers = frozenset({"neumann_terms"})
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
         super().__init__(spec, config)
@@ -122,7 +123,7 @@ class OFTv2(ChannelMap):
         options: dict[str, Any] = {
             "block_size": size,
             "block_share": len(packed) < channels // size,
-            "neumann_terms": int(tensors.get("neumann_terms", 5)),
+            "neumann_terms": int(number_of(tensors, "neumann_terms", 5)),
         }
         adapter = cls(spec, AdapterConfig(cls.method, channels // size, options=options))
         return filled(adapter, tensors, ".weight", besides=cls.optional)

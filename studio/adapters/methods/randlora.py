@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from studio.adapters.base import Adapter, AdapterConfig
 from studio.adapters.entries import alpha_of, filled
 from studio.adapters.layers import LayerSpec, WeightView
-from studio.adapters.projections import share_projections
-from studio.errors import ConfigError
+from studio.adapters.projections import read_projection, share_projections
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,14 @@ class Bases(nn.Module):
         self.register_buffer("B", (b / b.std()).float(), persistent=False)
 
 
+def _bases(seed: int, rank: int, *extent: int) -> Bases:
+    return Bases(seed, rank, *sorted(extent))
+
+
 class RandLoRA(Adapter):
     """`randlora_lambda` (r, n) and `randlora_gamma` (n, s), as in peft.
 
-    `extent`, the smaller and the larger size of the bases, is the largest among the set's layers, or the file's.
+    `extent`, the sizes of the bases, is (the largest out, the largest in) among the set's layers, or the file's.
     """
 
     method = "randlora"
@@ -52,6 +55,7 @@ class RandLoRA(Adapter):
     Options = RandLoRAOptions
     needed = frozenset({"randlora_gamma", "randlora_lambda", "randlora_projection"})
     optional = frozenset({"alpha"})
+    integers = frozenset({"randlora_projection"})
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
         super().__init__(spec, config)
@@ -68,7 +72,7 @@ class RandLoRA(Adapter):
 
     @classmethod
     def share(cls, adapters: Sequence[RandLoRA], seed: int) -> nn.Module:
-        return share_projections(adapters, lambda one: (one.small, one.large), Bases)
+        return share_projections(adapters, lambda one: one.spec.weight_shape, _bases)
 
     def delta_weight(self, weight: WeightView) -> Tensor:
         lambdas, gammas = self.randlora_lambda, self.randlora_gamma
@@ -85,20 +89,17 @@ class RandLoRA(Adapter):
         return {
             "randlora_lambda": self.randlora_lambda.detach(),
             "randlora_gamma": self.randlora_gamma.detach(),
-            "randlora_projection": torch.tensor([self.options.seed, *self.extent]),
+            "randlora_projection": torch.tensor([self.options.seed, *sorted(self.extent)]),
             "alpha": torch.tensor(self.config.scale * self.config.rank),
         }
 
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> RandLoRA:
-        seed, *extent = tensors["randlora_projection"].tolist()
-        config = AdapterConfig(cls.method, len(tensors["randlora_lambda"]), alpha_of(tensors), options={"seed": seed})
+        rank, least = len(tensors["randlora_lambda"]), (min(spec.weight_shape), max(spec.weight_shape))
+        seed, small, large = read_projection(tensors["randlora_projection"], rank, least)
+        config = AdapterConfig(cls.method, rank, alpha_of(tensors), options={"seed": seed})
         adapter = filled(cls(spec, config), tensors, besides=frozenset({"alpha", "randlora_projection"}))
-        if extent[0] < adapter.small or extent[1] < adapter.large:
-            raise ConfigError(
-                f"the file's bases reach to {extent}; this layer is {spec.weight_shape}: for another base"
-            )
-        adapter.extent = extent[0], extent[1]
+        adapter.extent = small, large
         return adapter
 
 

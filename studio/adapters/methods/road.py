@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from studio.adapters.base import AdapterConfig, read_options
 from studio.adapters.channel_map import ChannelMap
-from studio.adapters.entries import filled
+from studio.adapters.entries import filled, number_of
 from studio.adapters.layers import LayerSpec, WeightView, wide
 from studio.errors import ConfigError
 
@@ -44,6 +44,7 @@ class RoAd(ChannelMap):
     grouped = False
     Options = RoAdOptions
     needed = frozenset({"road_theta", "road_alpha", "group_size"})
+    integers = frozenset({"group_size"})
     acts_on_bias = True
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
@@ -93,7 +94,7 @@ class RoAd(ChannelMap):
 
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> RoAd:
-        theta, size = tensors["road_theta"], int(tensors["group_size"])
+        theta, size = tensors["road_theta"], int(number_of(tensors, "group_size"))
         sizes = {spec.out_features // 2 * halves: variant for variant, halves in _HALVES.items()}
         if theta.numel() not in sizes:
             raise ConfigError(

@@ -19,6 +19,7 @@ class SHiRA(Adapter):
     method = "shira"
     kinds = frozenset({"linear"})
     needed = frozenset({"shira_indices", "shira_weight"})
+    integers = frozenset({"shira_indices"})
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
         super().__init__(spec, config)
@@ -53,12 +54,14 @@ class SHiRA(Adapter):
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> SHiRA:
         """Any number of places, each named once."""
-        values, places = tensors["shira_weight"], tensors["shira_indices"].to(torch.int32)
-        if places.shape != (2, len(values)):
-            raise ConfigError(f"the file has {len(values)} values at {tuple(places.shape)} indices; (2, values) fits")
+        values, places = tensors["shira_weight"], tensors["shira_indices"]
+        if values.ndim != 1 or places.shape != (2, len(values)):
+            raise ConfigError(
+                f"the file has values {tuple(values.shape)} at {tuple(places.shape)}; (values) and (2, values) fit"
+            )
         if (places < 0).any() or (places.amax(1) >= torch.tensor(spec.weight_shape)).any():
             raise ConfigError(f"the file's shira_indices leave this layer's {spec.weight_shape}: for another base")
         adapter = cls(spec, AdapterConfig(cls.method, max(1, len(values) // sum(spec.weight_shape))))
         adapter.shira_weight = nn.Parameter(values.to(torch.float32))
-        adapter.shira_indices = places
+        adapter.shira_indices = places.to(torch.int32)
         return adapter

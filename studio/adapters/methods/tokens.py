@@ -43,6 +43,7 @@ class TrainableTokens(Adapter):
     kinds = frozenset({"embedding", "linear"})
     Options = TokenOptions
     needed = frozenset({"token_ids", "token_rows"})
+    integers = frozenset({"token_ids"})
 
     token_ids: Tensor
 
@@ -109,9 +110,9 @@ class TrainableTokens(Adapter):
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> TrainableTokens:
         ids, rows = tensors["token_ids"], tensors["token_rows"]
-        if rows.shape != (len(ids), spec.weight_shape[1]) or ids.is_floating_point():
+        if ids.ndim != 1 or rows.shape != (len(ids), spec.weight_shape[1]) or ids.is_floating_point():
             raise ConfigError(
-                f"the file's {len(ids)} tokens ({ids.dtype}) have rows {tuple(rows.shape)}; this layer's table is "
+                f"the file's {ids.numel()} tokens ({ids.dtype}) have rows {tuple(rows.shape)}; this layer's table is "
                 f"{spec.weight_shape}, and the tokens must be integers"
             )
         adapter = cls(spec, AdapterConfig(cls.method, options={"token_ids": ids.tolist()}))

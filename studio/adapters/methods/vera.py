@@ -19,7 +19,7 @@ from studio.adapters.base import AdapterConfig
 from studio.adapters.entries import filled
 from studio.adapters.layers import LayerSpec, WeightView
 from studio.adapters.lowrank import LowRank
-from studio.adapters.projections import share_projections
+from studio.adapters.projections import read_projection, share_projections
 from studio.errors import ConfigError
 
 
@@ -55,6 +55,7 @@ class VeRA(LowRank):
     kinds = frozenset({"linear"})
     Options = VeRAOptions
     needed = frozenset({"vera_lambda_b", "vera_lambda_d", "vera_projection"})
+    integers = frozenset({"vera_projection"})
 
     def __init__(self, spec: LayerSpec, config: AdapterConfig) -> None:
         super().__init__(spec, config)
@@ -99,13 +100,9 @@ class VeRA(LowRank):
 
     @classmethod
     def from_export(cls, spec: LayerSpec, tensors: dict[str, Tensor]) -> VeRA:
-        seed, inputs, outputs = tensors["vera_projection"].tolist()
-        if inputs < spec.in_features or outputs < spec.out_features:
-            raise ConfigError(
-                f"the file's VeRA has projections of {inputs} inputs and {outputs} outputs; "
-                f"this layer is {spec.weight_shape}: the file is for another base"
-            )
-        adapter = cls(spec, AdapterConfig(cls.method, tensors["vera_lambda_d"].numel(), options={"seed": seed}))
+        rank, least = tensors["vera_lambda_d"].numel(), (spec.in_features, spec.out_features)
+        seed, inputs, outputs = read_projection(tensors["vera_projection"], rank, least)
+        adapter = cls(spec, AdapterConfig(cls.method, rank, options={"seed": seed}))
         adapter.extent = inputs, outputs
         return filled(adapter, tensors, besides=frozenset({"vera_projection"}))
 
