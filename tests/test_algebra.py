@@ -163,9 +163,11 @@ def test_layers_that_only_some_adapters_have_keep_their_weight() -> None:
     first, second = lora(1, 6, (5,), 2), lora(2, 6, (5,), 2)
     other = AdapterState("net", {"net.other": second.tensors["net.layer"]}, {"ss_v2": "False", "ss_seed": "1"})
     combined = combine([first, other], [2.0, -1.0])
-    assert list(combined.tensors) == ["net.layer", "net.other"] and combined.metadata == {}
+    assert list(combined.tensors) == ["net.layer", "net.other"] and "ss_v2" not in combined.metadata
+    assert combined.report.partial == {"net.layer": ("1",), "net.other": ("2",)}
     assert close(product(combined), 2 * product(first))
-    assert combine([other, other], [1.0, 1.0]).metadata == {"ss_v2": "False"}
+    again = combine([other, other], [1.0, 1.0]).metadata
+    assert again["ss_v2"] == "False" and "ss_seed" not in again
 
 
 def test_norms_and_biases_are_added_as_they_are() -> None:
@@ -184,6 +186,11 @@ def test_what_cannot_be_combined_is_one_clear_error() -> None:
         (([one], [1.0], 0), "rank is 0"),
         (([one, lora(1, 6, (5,), 2, "sdxl")], [1.0, 1.0]), "different families cannot be combined: net, sdxl"),
         (([one, lora(1, 6, (7,), 2)], [1.0, 1.0]), r"net\.layer: the adapters have different shapes"),
+        (
+            ([one], [1.0], None, views(net)),
+            r"net\.layer: the file's LoRA is \(6, 2\) and \(2, 5\), the base's weight \(8, 12",
+        ),
+        (([one], [0.0]), "nothing is left: every weight is 0"),
         (([dora], [1.0]), r"net\.layer: the change of 'dora' is known only with the base: give `bases`"),
     )
     for arguments, message in cases:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run made. `file` is the adapter (a folder for PEFT); `checks` say which tools use all its keys."""
+    """What a run made. `file` is the adapter (a folder for PEFT); `checks` are of the tools that use any of it."""
 
     run_folder: Path
     file: Path | None
@@ -86,11 +86,11 @@ def train(config: TrainSDConfig, run: Run) -> TrainResult:
 
 def _finish(config: TrainSDConfig, run: Run, task: DiffusionTask, step: int) -> TrainResult:
     """The file, the before/after sheet, the loss plot, and the proof that other tools load the file."""
-    file = task.save(run.folder / config.output.name, step)
+    file = task.save(run.folder / config.output.name, step, run.samples / f"step-{step:06d}" / "00.png")
     sheet = task.before_after(run)
     plot = run.folder / "loss.png"
     loss_plot(run.metrics(), plot)
-    checks = check_file(file, task.family, task.models)
+    checks = [check for check in check_file(file, task.family, task.models).values() if check.used]
     for check in checks:
         if check.unused:
             log.warning("%s would leave %d keys unused, such as %s", check.consumer, len(check.unused), check.unused[0])
@@ -108,7 +108,7 @@ def _next_commands(config: TrainSDConfig, run: Run, task: DiffusionTask, file: P
     prompt = task.preview_prompts()[0]
     commands = [
         ["generate", prompt, "--lora", str(short(file)), *base, *config_of_base, *drawn],
-        ["check", str(short(file)), *base],
+        ["check", str(short(file)), *(["--base", model.source] if base else [])],
         ["runs", "show", str(short(run.folder))],
     ]
     return [shlex.join([*program(), *command]) for command in commands]

@@ -175,17 +175,18 @@ class DiffusionTask(Task[Sample]):
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed while it drew
         partial.mkdir(parents=True)
         for place, prompt in enumerate(self.preview_prompts()):
-            self._draw(prompt, place).save(partial / f"{place:02d}.png")
+            self.draw(prompt, place).save(partial / f"{place:02d}.png")
             if run.should("stop") and step < self.config.train.steps:
                 return
         partial.rename(folder)
 
-    def _draw(self, prompt: str, place: int) -> Image.Image:
+    def draw(self, prompt: str, place: int, steps: int | None = None) -> Image.Image:
+        """A sample picture in the settings of the config, of its place's seed; `steps` are the sampler's."""
         samples, side = self.config.samples, self.config.data.resolution
         request = GenerateRequest(
             prompt,
             seed=samples.seed + place,
-            steps=samples.steps,
+            steps=steps or samples.steps,
             guidance=samples.guidance,
             width=side,
             height=side,
@@ -204,13 +205,13 @@ class DiffusionTask(Task[Sample]):
         sheet(rows, columns, title=self.config.output.name).save(path)
         return path
 
-    def state(self, step: int) -> AdapterState:
-        """The adapters with the metadata of this run."""
-        metadata = training_metadata(self.config, self.family, self.models, self.images, step)
+    def state(self, step: int, picture: Path | None = None) -> AdapterState:
+        """The adapters with the metadata of this run, and a sample `picture` as their thumbnail."""
+        metadata = training_metadata(self.config, self.family, self.models, self.images, step, picture)
         return AdapterState(self.family.name, self.adapters.state(), metadata)
 
-    def save(self, path: Path, step: int) -> Path:
-        return write_adapter(self.state(step), path, self.config.output.format)
+    def save(self, path: Path, step: int, picture: Path | None = None) -> Path:
+        return write_adapter(self.state(step, picture), path, self.config.output.format)
 
     def describe(self) -> str:
         """Layers, parameters and buckets, as lines for the log."""

@@ -1,76 +1,27 @@
-"""`studio check`, `inspect` and `convert`: who reads an adapter file, what is in it, and other layouts."""
+"""`studio convert`: an adapter file in another layout, and with another method that more tools read."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from studio.commands.flags import Json
-from studio.errors import ConfigError, StudioError
-from studio.terminal import BUILTIN_ONLY, emit
+from studio.errors import ConfigError
+from studio.terminal import emit
+
+if TYPE_CHECKING:
+    from studio.algebra import CombinedState
+    from studio.formats import AdapterState
 
 FILE_HELP = "A .safetensors file, a peft or diffusers folder, or a hub id."
-MODEL_HELP = "The base it is for; without it, the one it was trained on, or the family's published one."
 OUTPUT_HELP = "The new file, or folder for peft. (default NAME-LAYOUT in the current folder)"
+TO_HELP = "The layout to write: kohya, diffusers, peft, comfyui, lycoris, onetrainer, or embedding for a lone token."
+BAKE_HELP = "Turn every method into a plain LoRA, or into full differences (diff), which most tools read."
+RANK_HELP = "With --bake lora: the rank for what is not low-rank itself, and the most for what is."
+BASE_HELP = "With --bake: the base, where the file alone does not tell what it changes (LoKr, DoRA, OFT, ...)."
 File = Annotated[str, typer.Argument(metavar="FILE", help=FILE_HELP)]
-SHOWN = 5  # keys a report names before it counts the rest
-
-
-def check(
-    file: File, model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None, as_json: Json = False
-) -> None:
-    """Say which tools load a file, and which of its keys they would not use.
-
-    Ends with 1 when no tool uses all keys.
-    """
-    from studio.families import FAMILIES
-    from studio.families.base import DiffusionFamily
-    from studio.families.loading import load_base
-    from studio.formats import adapter_path, read_adapter
-    from studio.formats.consumers import check_file
-
-    state = read_adapter(file)
-    family = FAMILIES.get(state.family)
-    if not isinstance(family, DiffusionFamily):
-        raise ConfigError(f"'{file}' is for the family '{state.family}'; known are {', '.join(FAMILIES)}")
-    base = model or _own_base(state.metadata)
-    reports = check_file(adapter_path(file), family, load_base(base)[1] if base else None)
-    lines = []
-    for report in reports:
-        lines.append(f"{report.consumer:<18}uses {report.used} of {report.total} keys")
-        lines += [f"  not used: {key}" for key in report.unused[:SHOWN]]
-        if len(report.unused) > SHOWN:
-            lines.append(f"  and {len(report.unused) - SHOWN} more (--json lists all)")
-    if base == "builtin":
-        lines.append(BUILTIN_ONLY)
-    emit({"file": file, "family": state.family, "consumers": reports}, "\n".join(lines), as_json)
-    if all(report.unused for report in reports):
-        raise typer.Exit(StudioError.exit_code)
-
-
-def _own_base(metadata: Mapping[str, str]) -> str | None:
-    """The base that a file of ours names, where it is at hand and may differ from the published one."""
-    source = json.loads(metadata.get("studio.config", "{}")).get("model", {}).get("source", "")
-    return source if source == "builtin" or (Path(source).is_absolute() and Path(source).exists()) else None
-
-
-def inspect(file: File, as_json: Json = False) -> None:
-    """Say what is in a file: method, family, layers, ranks, metadata."""
-    from studio.formats.describe import describe_adapter
-
-    facts = describe_adapter(file)
-    lines = [f"{name:<12}{_line(value)}" for name, value in facts.items() if name != "metadata"]
-    lines += [f"  {key}: {value}" for key, value in sorted(facts["metadata"].items())]
-    emit(facts, "\n".join(lines), as_json)
-
-
-def _line(value: Any) -> str:
-    """Counts as "16 (64), 8 (2)"."""
-    return ", ".join(f"{key} ({count})" for key, count in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _default_output(source: str, layout: str) -> Path:
@@ -80,16 +31,49 @@ def _default_output(source: str, layout: str) -> Path:
 
 def convert(
     file: File,
-    to: Annotated[Literal["kohya", "diffusers", "peft"], typer.Option(help="The layout to write.")],
+    to: Annotated[str, typer.Option(metavar="LAYOUT", help=TO_HELP)],
     output: Annotated[Path | None, typer.Option("--output", "-o", help=OUTPUT_HELP)] = None,
+    bake: Annotated[Literal["lora", "diff"] | None, typer.Option(help=BAKE_HELP)] = None,
+    rank: Annotated[int | None, typer.Option(help=RANK_HELP, min=1)] = None,
+    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter in another layout; the source stays as it is."""
-    from studio.formats import read_adapter, write_adapter
+    """Write an adapter in another layout; the source stays as it is.
 
+    \b
+    studio convert ink.safetensors --to comfyui
+    studio convert dora.safetensors --to diffusers --bake lora --rank 32 --base model.safetensors
+    """
+    from studio.formats import check_format, read_adapter, write_adapter
+
+    check_format(to)
+    if (rank and bake != "lora") or (base and not bake):
+        raise ConfigError("--rank is for --bake lora, and --base for --bake: add it, or leave them out")
     output = output or _default_output(file, to)
     target = output if to == "peft" else output.with_name(output.name.removesuffix(".safetensors") + ".safetensors")
     if target.exists():
         raise ConfigError(f"'{target}' exists already: choose another name, or remove it first")
-    written = write_adapter(read_adapter(file), target, to)
-    emit({"file": written, "format": to}, str(written), as_json)
+    state, lines = read_adapter(file), []
+    result: dict[str, Any] = {"format": to}
+    if bake:
+        state = baked = _baked(state, file, bake, rank, base)
+        result |= {"bake": bake, "errors": baked.residuals, "largest_error": max(baked.residuals.values(), default=0.0)}
+        lines = [_exactness(baked)]
+    written = write_adapter(state, target, to)
+    emit({"file": written, **result}, "\n".join([str(written), *lines]), as_json)
+
+
+def _baked(state: AdapterState, file: str, kind: str, rank: int | None, base: str | None) -> CombinedState:
+    from studio.algebra.bake import bake_diff, bake_lora
+    from studio.jobs.given import Given, bases_for
+
+    bases = bases_for(base, Given([state], [1.0], [file], [{}]))
+    return bake_lora(state, rank, bases) if kind == "lora" else bake_diff(state, bases)
+
+
+def _exactness(baked: CombinedState) -> str:
+    """The largest of the layers' errors, relative to what the layer changes."""
+    name, error = max(baked.residuals.items(), key=lambda item: item[1], default=("", 0.0))
+    text = f"largest error {error:.2e} of what a layer changes ({name})" if error else "exact: nothing was cut"
+    others = sum("diff" not in entry and "lora_up.weight" not in entry for entry in baked.tensors.values())
+    return f"{text}; {others} norms and biases stay as they are" if others else text

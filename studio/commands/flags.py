@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from studio.settings import fields
 
@@ -53,14 +54,15 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     )
 
 
-def field_help(field: FieldInfo) -> str:
-    """The description with choices, range and default: "Optimizer steps. (1 or more; default 1500)"."""
+def field_help(field: FieldInfo, with_default: bool = True) -> str:
+    """The description with choices, range and default: "Sampler steps. (1 or more; default 20)"."""
     notes = []
     if choices := [choice for choice in get_args(field.annotation) if isinstance(choice, str)]:
         notes.append(", ".join(choices))
     notes += _range(field)
-    if field.default not in (None, "", [], {}, False):
-        notes.append(f"default {field.default}")
+    default = field.get_default(call_default_factory=True)
+    if with_default and default not in (None, "", [], {}, False, PydanticUndefined):
+        notes.append(f"default {default}")
     return f"{field.description} ({'; '.join(notes)})" if notes else field.description or ""
 
 

@@ -79,12 +79,13 @@ def _draw(
 ) -> list[dict[str, Any]]:
     """Draws one request and saves its pictures; says where, and what acted."""
     from studio.diffusion.generate import generate as draw
-    from studio.diffusion.lora import loras
+    from studio.diffusion.lora import check_mentioned, loras
     from studio.diffusion.metadata import save_png
     from studio.progress import show_steps
 
     made = []
     with loras(family, models, wanted) as applied, show_steps(request.prompt) as progress:
+        check_mentioned(applied, [request.prompt, request.negative_prompt])
         for index, image in enumerate(draw(family, models, request, progress)):
             file = _unused(folder, request.prompt, request.seed + index)
             base = Path(models.source).name.removesuffix(".safetensors")  # a hub id may end in "-1.0"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from studio import paths
 from studio.commands.flags import Json
 from studio.errors import ConfigError, nearest
 from studio.runs import RunView, list_runs, look
@@ -16,6 +17,7 @@ from studio.terminal import console, emit
 
 app = typer.Typer(help="List, show and stop runs; alone, list them.", rich_markup_mode=None)
 
+RUNS = paths.home() / "runs"
 OutputDir = Annotated[Path, typer.Option(help="Folder that holds the runs.")]
 Name = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its folder, or `last`.")]
 
@@ -41,7 +43,7 @@ def _list_alone(context: typer.Context) -> None:
 
 
 @app.command("list")
-def list_(output_dir: OutputDir = Path("runs"), as_json: Json = False) -> None:
+def list_(output_dir: OutputDir = RUNS, as_json: Json = False) -> None:
     """All runs, the newest first."""
     views = list_runs(output_dir)
     lines = [f"{view.id:<40} {view.status.state:<9} {view.status.step}/{view.status.total}" for view in views]
@@ -50,7 +52,7 @@ def list_(output_dir: OutputDir = Path("runs"), as_json: Json = False) -> None:
 
 
 @app.command()
-def show(run: Name, output_dir: OutputDir = Path("runs"), as_json: Json = False) -> None:
+def show(run: Name, output_dir: OutputDir = RUNS, as_json: Json = False) -> None:
     """The state of one run, and the end of its log."""
     view = look(find(run, output_dir))
     status = view.status
@@ -67,7 +69,7 @@ def show(run: Name, output_dir: OutputDir = Path("runs"), as_json: Json = False)
 @app.command()
 def stop(
     run: Name,
-    output_dir: OutputDir = Path("runs"),
+    output_dir: OutputDir = RUNS,
     patience: Annotated[float, typer.Option(help="Seconds to let it finish its step and save.", min=0)] = 120,
     as_json: Json = False,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from studio.config import TrainSDConfig, check_trackers
 from studio.errors import ConfigError, DatasetError
 from studio.runs import Run
 from studio.settings import load, presets, resolve
-from studio.terminal import BUILTIN_ONLY, emit, short
+from studio.terminal import BUILTIN_ONLY, emit, program, short
 
 if TYPE_CHECKING:
     from trainers.sd import TrainResult
@@ -38,6 +39,7 @@ FLAGS = {
     "train_text_encoder": "adapter.train_text_encoder",
     "format": "output.format",
 }
+CONFIG_HELP = "Settings from a .yaml, .toml or .json file, or those that an adapter file was trained with."
 PRESET_HELP = f"Settings below all others: {', '.join(presets())}, or a file."
 
 
@@ -51,12 +53,13 @@ def _list_settings(wanted: bool) -> None:
 def train_sd(
     settings: dict[str, Any],
     preset: Annotated[str | None, typer.Option(help=PRESET_HELP)] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings from a .yaml, .toml or .json file.")] = None,
+    config: Annotated[Path | None, typer.Option(help=CONFIG_HELP)] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting: GROUP.KEY=VALUE.", metavar="KEY=VALUE")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue this run folder with its own settings.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, exit.")] = False,
+    queue: Annotated[bool, typer.Option("--queue", help="Do it after the jobs that wait, in the background.")] = False,
     as_json: Json = False,
     help_all: Annotated[
         bool, typer.Option("--help-all", help="List every setting and exit.", is_eager=True, callback=_list_settings)
@@ -73,18 +76,55 @@ def train_sd(
     if resume:
         chosen = load(TrainSDConfig, Run.open(resume).config_file)
     else:
-        chosen = resolve(TrainSDConfig, preset, config, settings, sets or ())
+        chosen = _chosen(preset, config, settings, sets or [])
     check_trackers(chosen.output.trackers)
     if dry_run:
         from trainers import sd
 
         plan = sd.plan(chosen)
         emit(plan, str(plan), as_json)
-        return
-    _train(chosen, resume, as_json)
+    elif queue:
+        _enqueue(chosen, resume, as_json)
+    else:
+        _train(chosen, resume, as_json)
+
+
+def _chosen(preset: str | None, file: Path | None, flags: dict[str, Any], sets: list[str]) -> TrainSDConfig:
+    """The settings of the user; those of an adapter file are complete, so that no preset is below them."""
+    if file is None or not (file.suffix == ".safetensors" or file.is_dir()):
+        return resolve(TrainSDConfig, preset, file, flags, sets)
+    if preset:
+        raise ConfigError(f"'{file}' holds every setting: a preset below them would change nothing. Leave out --preset")
+    from trainers.sd_metadata import settings_of
+
+    given = {key for key, value in flags.items() if value is not None} | {one.partition("=")[0].strip() for one in sets}
+    return resolve(TrainSDConfig, "", settings_of(file, given), flags, sets)
+
+
+def _enqueue(config: TrainSDConfig, resume: Path | None, as_json: bool) -> None:
+    """Adds the run to the queue of the workspace, $STUDIO_HOME or the current folder."""
+    from studio import jobs
+    from studio.workspace import Workspace
+
+    workspace = Workspace()
+    parent = (resume.resolve().parent if resume else Path(config.output.folder).expanduser()).resolve()
+    if parent != workspace.runs:
+        raise ConfigError(
+            f"the queue of '{workspace.root}' makes its runs in {workspace.runs}, not in {parent}: "
+            "leave out --output-dir, or --queue"
+        )
+    if resume:
+        jobs.resume(workspace, resume)
+        folder = resume.resolve()
+    else:
+        folder = jobs.submit(workspace, jobs.TRAIN_SD, config)
+    text = f"Queued: {short(folder)}\nNext:\n  {shlex.join([*program(), 'queue'])}"
+    emit({"id": folder.name, "folder": folder}, text, as_json)
 
 
 def _train(config: TrainSDConfig, resume: Path | None, as_json: bool) -> None:
+    from studio.jobs.result import save_result
+    from studio.jobs.train import result_of
     from studio.progress import show_run
     from trainers import sd
 
@@ -94,6 +134,8 @@ def _train(config: TrainSDConfig, resume: Path | None, as_json: bool) -> None:
     try:
         with run.session(), show_run(run, config.train.batch_size * config.train.gradient_accumulation * _processes()):
             result = sd.train(config, run)
+            if run.is_main:
+                save_result(run.folder, result_of(result))
     except (ConfigError, DatasetError):
         if run.is_main and not resume and run.status.step == 0:
             shutil.rmtree(run.folder, ignore_errors=True)  # it holds nothing but the mistake
