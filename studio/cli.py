@@ -10,12 +10,16 @@ from pathlib import Path
 
 import typer
 
-from studio.commands import files, runs
+from studio.commands import algebra, files, queue, runs
+from studio.commands.check import check
 from studio.commands.generate import generate
+from studio.commands.inspect import inspect
 from studio.commands.methods import methods
+from studio.commands.push import push
 from studio.commands.train import train_sd
 from studio.errors import OutOfMemoryError, StudioError
 from studio.terminal import configure_logging, say_error
+from studio.ui.command import app as open_app
 
 INTERRUPTED = 130
 
@@ -28,11 +32,19 @@ app = typer.Typer(
 )
 app.command("train-sd")(train_sd)
 app.command()(generate)
-app.command()(files.check)
-app.command()(files.inspect)
+app.command()(check)
+app.command()(inspect)
 app.command()(files.convert)
+app.command()(algebra.blend)
+app.command()(algebra.resize)
+app.command()(algebra.extract)
+app.command()(algebra.merge)
+app.command()(push)
 app.command()(methods)
+app.command("app")(open_app)
 app.add_typer(runs.app, name="runs")
+app.add_typer(queue.app, name="queue")
+app.command(hidden=True)(queue.job)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from studio import paths
 from studio.errors import ConfigError, nearest
 
 
-def _absolute(folder: str) -> str:
+def absolute(folder: str) -> str:
     """A folder as an absolute path, so that a run resumes from anywhere; names of other things stay."""
     path = Path(folder).expanduser()
     return str(path.resolve()) if folder and (path.exists() or folder.startswith((".", "~"))) else folder
@@ -57,9 +57,9 @@ class Group(BaseModel):
 
 
 class ModelConfig(Group):
-    source: Annotated[str, AfterValidator(_absolute)] = Field("builtin", min_length=1)
+    source: Annotated[str, AfterValidator(absolute)] = Field("builtin", min_length=1)
     """The base to train on: "builtin", a hub id, a diffusers folder, or a single .safetensors checkpoint."""
-    config: Annotated[str, AfterValidator(_absolute)] = ""
+    config: Annotated[str, AfterValidator(absolute)] = ""
     """A diffusers folder that lends a single checkpoint file its configurations and tokenizers; empty: the hub's."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Precision of the computation; "auto" is bf16 or fp16 where the GPU has it and fp32 on a CPU."""
@@ -68,16 +68,16 @@ class ModelConfig(Group):
 
 
 class DataConfig(Group):
-    folder: Annotated[str, AfterValidator(_absolute)] = ""
+    folder: Annotated[str, AfterValidator(absolute)] = ""
     """Folder of pictures and captions; the built-in base has the demo dataset as its default."""
     resolution: int = Field(512, ge=16, le=4096, multiple_of=8)
-    """Picture size in pixels: each bucket has about resolution x resolution pixels."""
+    """Picture size in pixels: each bucket has about resolution x resolution of them; memory and time grow with these."""
     bucket_step: int = Field(64, ge=8, le=512, multiple_of=8)
     """Bucket widths and heights are multiples of this many pixels."""
     max_aspect: float = Field(2.0, ge=1, le=8)
     """Longest side over shortest side of a bucket; 1 makes every bucket square."""
     flip: bool = False
-    """Mirror each picture left to right half of the time."""
+    """Mirror each picture left to right half of the time: more variety, wrong for lettering and faces."""
     shuffle_captions: bool = False
     """Shuffle the comma-separated parts of a caption at each step."""
 
@@ -130,16 +130,16 @@ class MethodConfig(Group):
     overrides: dict[str, Override] = {}
     """Pattern -> settings that differ there, method and lr too: {"*.to_q": {"rank": 4}}; a later entry wins."""
     train_text_encoder: bool = False
-    """Adapt the text encoders too."""
+    """Adapt the text encoders too: better for new words, with more memory and time."""
 
 
 class TrainConfig(Group):
     steps: int = Field(1500, ge=1)
-    """Optimizer steps."""
+    """Optimizer steps: time grows with them, and past some point the pictures are learnt by heart."""
     batch_size: int = Field(1, ge=1)
-    """Pictures a batch, on each device."""
+    """Pictures a batch, on each device: memory and the time of a step grow with them, and the steps are steadier."""
     gradient_accumulation: int = Field(1, ge=1)
-    """Batches added up for one optimizer step."""
+    """Batches added up for one optimizer step: as a larger batch, in time instead of memory."""
     seed: int = Field(0, ge=0)
     """Seed of initialisation, noise, timesteps, crops and order."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -154,7 +154,7 @@ class TrainConfig(Group):
 
 class OptimizerConfig(Group):
     lr: float = Field(1e-4, gt=0, le=10)
-    """Learning rate of the adapters."""
+    """Learning rate of the adapters: higher learns faster, too high breaks the pictures."""
     text_encoder_lr: float | None = Field(None, gt=0, le=10)
     """Learning rate of the text encoders' adapters; without a value, `lr`."""
     weight_decay: float = Field(0.01, ge=0, le=1)
@@ -195,11 +195,11 @@ class SamplesConfig(Group):
 
 
 class OutputConfig(Group):
-    folder: str = Field("runs", min_length=1)
-    """Folder that holds the runs."""
+    folder: str = Field(default_factory=lambda: str(paths.home() / "runs"), min_length=1)
+    """Folder that holds the runs; the default is below $STUDIO_HOME, or below the current folder."""
     name: str = Field("", pattern=r"^[^/\\]*$", max_length=100)
     """Name of the run and its file; without a value, the name of the data folder."""
-    format: Literal["kohya", "diffusers", "peft"] = "kohya"
+    format: Literal["kohya", "diffusers", "peft", "comfyui", "lycoris", "onetrainer"] = "kohya"
     """Layout of the saved file: "kohya" loads in most tools."""
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_listed)] = []
     """Services that get the metrics beside the run folder: tensorboard, wandb."""

@@ -1,4 +1,4 @@
-"""Starting a run as a process of its own, and stopping it in three rungs."""
+"""Starting a job as a process of its own, and stopping it in three rungs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 
 from studio.runs import look
 
+RUNGS = ("asked it to stop after this step", "sent SIGTERM", "killed it")
+"""What `stop` says of each rung that it takes."""
 
-def launch(folder: Path, command: str = "train-sd") -> subprocess.Popen[bytes]:
-    """Trains a queued or stopped run in a process and session of its own, so that it outlives this one.
 
-    Its output goes to log.txt, never to a pipe: a reader that dies would block the trainer.
+def detached(log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """`studio ARGUMENTS` in a process and session of its own, so that it outlives this one.
+
+    Its output goes to the end of the file `log`, never to a pipe: a reader that dies would block it.
     """
-    with (folder / "log.txt").open("ab") as log:
+    with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "studio", command, "--resume", str(folder)],
+            [sys.executable, "-m", "studio", *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=sys.platform != "win32",
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
@@ -38,17 +41,17 @@ def stop(folder: Path, patience_s: float = 120.0, grace_s: float = 30.0) -> Iter
     if not look(folder).alive:
         return
     (folder / "control" / "stop").touch()
-    yield "asked it to stop after this step"
+    yield RUNGS[0]
     if _ended(folder, patience_s):
         return
     process = psutil.Process(look(folder).status.pid)
     process.terminate()
-    yield "sent SIGTERM"
+    yield RUNGS[1]
     if _ended(folder, grace_s):
         return
     for victim in [*process.children(recursive=True), process]:
         victim.kill()
-    yield "killed it"
+    yield RUNGS[2]
 
 
 def _ended(folder: Path, within_s: float) -> bool:

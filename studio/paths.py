@@ -19,6 +19,11 @@ def presets() -> Path:
     return _SHIPPED / "presets"
 
 
+def home() -> Path:
+    """The workspace where none is named: $STUDIO_HOME, or the current folder."""
+    return Path(os.environ.get("STUDIO_HOME", ""))
+
+
 def cache() -> Path:
     """What can be computed again (latents, text embeddings): $STUDIO_CACHE, or the user's cache folder."""
     if "STUDIO_CACHE" in os.environ:

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -88,13 +88,18 @@ class Run:
         return self.folder.name
 
     @classmethod
-    def create(cls, output_dir: str | Path, name: str, config: BaseModel) -> Run:
-        """A new folder `output_dir`/<date-time>-<name>/, queued; never an existing one."""
+    def create(cls, output_dir: str | Path, name: str, config: BaseModel, job: Mapping[str, str] | None = None) -> Run:
+        """A new folder `output_dir`/<date-time>-<name>/, queued; never an existing one.
+
+        `job` is for job.json: what kind of job it is, where it is no training by `studio train-sd`.
+        """
         slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "run"
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = _new_folder(Path(output_dir).expanduser().resolve(), f"{stamp}-{slug}")
         for inner in ("samples", "checkpoints", "control"):
             (folder / inner).mkdir()
+        if job:
+            write_atomic(folder / "job.json", json.dumps(job))  # first: with config.yaml the folder is seen
         settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomic(folder / "config.yaml", settings)
         write_atomic(folder / "status.json", json.dumps(asdict(Status(heartbeat=time.time()))))

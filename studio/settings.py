@@ -41,20 +41,20 @@ def presets() -> dict[str, Path]:
 def resolve(
     schema: type[Schema],
     preset: str | None = None,
-    file: Path | None = None,
+    file: Path | Mapping[str, Any] | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: Iterable[str] = (),
 ) -> Schema:
     """The config that these layers make; a later one wins.
 
-    `preset` is a shipped name or a file; `file` is .yaml, .toml or .json; `flags` maps dotted keys
-    to values, None meaning not given; `sets` holds "a.b=c" with c in YAML, and "a.b.d=c" for one entry
-    of a table a.b. Raises ConfigError for
-    an unknown key (with the nearest known one), a value of the wrong type or range, a missing file.
+    `preset` is a shipped name or a file, "" for none; `file` is .yaml, .toml or .json, or the settings
+    that an adapter was trained with; `flags` maps dotted keys to values, None meaning not given; `sets`
+    holds "a.b=c" with c in YAML, and "a.b.d=c" for one entry of a table a.b. Raises ConfigError for an
+    unknown key (with the nearest known one), a value of the wrong type or range, a missing file.
     Logs the preset.
     """
-    settings = _read(file) if file else {}
-    _check_keys(schema, settings, f"'{file}'")
+    settings = file if isinstance(file, Mapping) else _read(file) if file else {}
+    _check_keys(schema, settings, "the adapter's settings" if isinstance(file, Mapping) else f"'{file}'")
     flagged = [(key.split("."), value) for key, value in (flags or {}).items() if value is not None]
     entries = [*flagged, *(_parse_set(schema, entry) for entry in sets)]
     if preset is None:
@@ -64,7 +64,7 @@ def resolve(
     try:
         config = schema.model_validate(_with_entries(_merged([base, settings]), entries))
     except ValidationError as problem:
-        raise ConfigError(_explain(problem)) from problem
+        raise ConfigError(explain(problem)) from problem
     if preset:
         log.info("preset: %s", preset)
     return config
@@ -77,7 +77,7 @@ def load(schema: type[Schema], file: Path) -> Schema:
     try:
         return schema.model_validate(settings)
     except ValidationError as problem:
-        raise ConfigError(f"{file}: {_explain(problem)}") from problem
+        raise ConfigError(f"{file}: {explain(problem)}") from problem
 
 
 def _preset_file(preset: str) -> Path:
@@ -157,6 +157,8 @@ def _merged(layers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 def _check_keys(schema: type[BaseModel], settings: Mapping[str, Any], origin: str) -> None:
     known = fields(schema)
     for group, inner in settings.items():
+        if group in known:  # a setting that is in no group
+            continue
         if group not in schema.model_fields:
             raise ConfigError(f"{origin}: unknown key '{group}'.{_suggest(group, [*schema.model_fields, *known])}")
         if not isinstance(inner, dict):
@@ -178,7 +180,7 @@ def _suggest(key: str, known: Iterable[str]) -> str:
     return f" Did you mean {', '.join(matches)}?"
 
 
-def _explain(problem: ValidationError) -> str:
+def explain(problem: ValidationError) -> str:
     """One line for each bad value: key, value, and what it must be."""
     lines = []
     for error in problem.errors(include_url=False):

@@ -17,8 +17,8 @@ HEARTBEAT_FRESH_S = 60.0
 class Status:
     """What `status.json` holds. Times are seconds since 1970; `rate` is optimizer steps a second.
 
-    `state` is queued, running, stopping, stopped, finished, failed or crashed; the last is never
-    written: `look` finds it.
+    `state` is queued, cancelled (before it began), running, stopping, stopped, finished, failed or crashed;
+    the last is never written: `look` finds it.
     """
 
     state: str = "queued"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from studio.diffusion.generate import GenerateRequest, generate
 from studio.diffusion.samplers import SAMPLERS, make_scheduler
@@ -71,6 +72,48 @@ def test_plain_prompts_give_the_pipelines_picture(base, pipeline, decoded, sampl
     assert expected.std() > 0.01  # not two blank pictures
 
 
+IMAGE_PIPELINES = {name: value.replace("Pipeline", "Img2ImgPipeline") for name, value in PIPELINES.items()}
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "Euler a", "DPM++ 2M Karras", "Heun"])
+@pytest.mark.parametrize(("steps", "denoising"), [(4, 0.75), (5, 0.5), (4, 1.0)])
+def test_a_picture_to_start_from_gives_the_pipelines_picture(kind, base, pipeline, decoded, sampler, steps, denoising):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    request = GenerateRequest("a cat", "dog", seed=5, steps=steps, guidance=3.5, sampler=sampler, batch=2)
+    generate(*base, request, start=(image, denoising))
+    pipe = getattr(diffusers, IMAGE_PIPELINES[kind]).from_pipe(pipeline)
+    pipe.scheduler = make_scheduler(sampler, base[1].scheduler)
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    expected = pipe(
+        "a cat",
+        negative_prompt="dog",
+        image=base[0].encode_image(base[1], pixels).repeat(2, 1, 1, 1),  # latents: a pipeline's encoding is random
+        strength=denoising,
+        num_inference_steps=steps,
+        guidance_scale=3.5,
+        num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        output_type="pt",
+        **({"original_size": (64, 64), "target_size": (64, 64)} if kind == "sdxl" else {}),
+    ).images
+    assert (decoded[0] / 2 + 0.5 - expected).abs().max() <= 1e-4
+    assert expected.std() > 0.01
+
+
+def test_little_denoising_keeps_the_picture_and_any_size_is_cut_to_fit(small):
+    image = Image.new("RGB", (200, 100), (200, 30, 30))
+    steps = []
+    request = GenerateRequest("a cat", steps=50, sampler="DDIM", width=64, height=32)
+    (near,) = generate(*small, request, lambda *progress: steps.append(progress), (image, 0.01))
+    (far,) = generate(*small, request, start=(image, 1.0))
+    family, models = small
+    pixels = torch.tensor(np.asarray(image.resize((64, 32)))).permute(2, 0, 1)[None] / 127.5 - 1
+    kept = family.decode(models, family.encode_image(models, pixels))  # what the VAE alone makes of it
+    levels = ((kept[0] / 2 + 0.5).clamp(0, 1) * 255).permute(1, 2, 0).numpy()
+    assert near.size == (64, 32) and steps == [(1, 1)]
+    assert np.abs(np.asarray(near) - levels).mean() < np.abs(np.asarray(far) - levels).mean() / 2
+
+
 def test_every_picture_is_a_function_of_its_own_seed(base, decoded):
     request = GenerateRequest("a (cat:1.2)", "dog", seed=3, steps=3, sampler="DPM++ 2M SDE", batch=3)
     generate(*base, request)
@@ -113,7 +156,8 @@ def test_every_sampler_draws(small, sampler, zero_snr):
     changes = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"} if zero_snr else {}
     models = dataclasses.replace(models, scheduler=models.scheduler | changes)
     (image,) = generate(family, models, GenerateRequest("a cat", steps=4, sampler=sampler))
-    assert np.asarray(image).std() > 1
+    (changed,) = generate(family, models, GenerateRequest("a cat", steps=4, sampler=sampler), start=(image, 0.5))
+    assert np.asarray(image).std() > 1 and np.asarray(changed).std() > 1
 
 
 @pytest.mark.parametrize(

@@ -250,11 +250,12 @@ def test_a_rate_that_diverges_is_one_clear_error(pictures: Path, tmp_path: Path)
 
 def test_the_plan_says_what_a_run_would_do(pictures: Path, tmp_path: Path) -> None:
     plan = sd.plan(config(pictures, tmp_path))
-    assert (plan.pictures, plan.left_out, plan.steps) == (5, 0, 4)
+    assert (plan.pictures, plan.left_out, plan.steps) == (5, {}, 4)
     assert plan.epochs == pytest.approx(4 / 3), "five pictures are three batches of at most two"
     assert {row.targets for row in plan.adapter.rows} == {("attention",), ("convolutions",), ("text-encoder",)}
     assert {row.overrides for row in plan.adapter.rows} == {(), ("text_encoder*",)}, "their own rate"
-    assert plan.seconds > 0 and plan.memory_bytes > 0
+    assert plan.seconds > 0 and plan.sample_seconds > 0 and plan.fits
+    assert 0 < plan.memory_bytes < plan.memory_free_bytes and 0 < plan.disk_bytes < plan.disk_free_bytes
     assert not (tmp_path / "runs").exists()
     with pytest.raises(ConfigError, match="attnetion"):
         sd.plan(config(pictures, tmp_path, adapter={"targets": ["attnetion"]}))

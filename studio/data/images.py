@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,6 +118,23 @@ def scan_folder(path: str | Path) -> ImageFolder:
     return ImageFolder(root, tuple(items), tuple(left_out), tuple(notes))
 
 
+def list_captions(path: Path) -> dict[Path, str]:
+    """Every picture in `path` and its subfolders -> its caption, as `scan_folder` takes it, without opening pictures.
+
+    "" stands for no caption, and for a caption file that cannot be read. Raises DatasetError for a metadata file
+    that cannot.
+    """
+    listing = _list_files(path)
+    metadata = _all_metadata(listing)
+    found = {}
+    for picture in listing.pictures:
+        with suppress(CaptionError):
+            captions, default = _captions(path, picture, metadata)
+            found[picture] = next(iter(captions.values()), default)
+        found.setdefault(picture, "")
+    return found
+
+
 def _list_files(root: Path) -> _Listing:
     """Walks `root`, following links once, without hidden files and folders. Order does not depend on the disk."""
     listing, visited = _Listing(), set()
@@ -182,19 +200,16 @@ def _folder_notes(root: Path, listing: _Listing) -> list[Note]:
 
 
 def _read(root: Path, picture: Path, metadata: dict[Path, str]) -> tuple[ImageItem, list[Note]] | LeftOut:
-    repeats, default = _folder_default(root, picture)
+    repeats, _ = _folder_default(root, picture)
     if repeats == 0:
         return LeftOut(picture, "its folder's name asks for 0 repeats")
     try:
         (width, height), several_frames = decode.verify(picture)
-        captions = read_sidecars(picture)
+        captions, default = _captions(root, picture, metadata)
         with picture.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
     except (UnusablePicture, CaptionError, OSError) as error:
         return LeftOut(picture, str(error))
-    normalised = Path(os.path.normpath(picture))
-    if normalised in metadata:
-        captions["metadata"] = metadata[normalised]
     source, caption = next(iter(captions.items()), ("", default))
     texts = []
     if not caption:
@@ -204,6 +219,15 @@ def _read(root: Path, picture: Path, metadata: dict[Path, str]) -> tuple[ImageIt
     if several_frames:
         texts.append(decode.SEVERAL_FRAMES)
     return ImageItem(picture, caption, width, height, repeats, content), [Note(picture, text) for text in texts]
+
+
+def _captions(root: Path, picture: Path, metadata: dict[Path, str]) -> tuple[dict[str, str], str]:
+    """(source -> caption, the first of which is used; the caption where there is no source). Raises CaptionError."""
+    captions = read_sidecars(picture)
+    normalised = Path(os.path.normpath(picture))
+    if normalised in metadata:
+        captions["metadata"] = metadata[normalised]
+    return captions, _folder_default(root, picture)[1]
 
 
 def _folder_default(root: Path, picture: Path) -> tuple[int, str]:

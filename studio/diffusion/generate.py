@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 """Called after each denoising step with (steps done, steps in all)."""
+
+Start = tuple["Image.Image", float]
+"""An RGB picture to start from, and the share of the steps, in (0, 1], that may change it."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,17 @@ class GenerateRequest:
 
 @torch.no_grad()
 def generate(
-    family: DiffusionFamily, models: Models, request: GenerateRequest, progress: Progress | None = None
+    family: DiffusionFamily,
+    models: Models,
+    request: GenerateRequest,
+    progress: Progress | None = None,
+    start: Start | None = None,
 ) -> list[Image.Image]:
     """Draws `request.batch` RGB pictures with whatever adapters are attached to the models.
 
     The noise of a picture is drawn on the CPU from its own seed, as A1111's CPU noise and diffusers'
-    generators are. Raises ConfigError for a size the VAE cannot make.
+    generators are. With `start`, its picture, cut to the size, is noised and denoised for the last share of the
+    steps only (arXiv:2108.01073). Raises ConfigError for a size the VAE cannot make.
     """
     width, height = picture_size(models, request)
     generators = [torch.Generator().manual_seed(request.seed + place) for place in range(request.batch)]
@@ -76,7 +84,8 @@ def generate(
     factor, channels = vae_factor(models), models.parts["vae"].config.latent_channels
     shape = (1, channels, height // factor, width // factor)
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    latents = _denoise(family, models, request, noise, conditioning, generators, (width, height), progress)
+    begin = None if start is None else (_encoded(family, models, start[0], (width, height)), start[1])
+    latents = _denoise(family, models, request, noise, conditioning, generators, (width, height), progress, begin)
     return [_image(pixels) for pixels in family.decode(models, latents)]
 
 
@@ -124,8 +133,10 @@ def _denoise(
     generators: list[torch.Generator],
     size: tuple[int, int],
     progress: Progress | None,
+    begin: tuple[Tensor, float] | None,
 ) -> Tensor:
-    """Scaled latents, shape of `noise` (B, C, h, w); guidance as in arXiv:2207.12598."""
+    """Scaled latents, shape of `noise` (B, C, h, w); guidance as in arXiv:2207.12598. `begin` is the start's latents
+    (1, C, h, w) and its share of the steps."""
     hidden = conditioning.encoder_hidden_states
     scheduler = make_scheduler(request.sampler, models.scheduler)
     scheduler.set_timesteps(request.steps, device=hidden.device)
@@ -133,8 +144,8 @@ def _denoise(
     options = {"generator": generators} if takes_generator else {}
     width, height = size
     sizes = torch.tensor([[height, width, 0, 0, height, width]], device=hidden.device).repeat(len(hidden), 1)
-    latents = noise.to(hidden.device) * scheduler.init_noise_sigma
-    for done, timestep in enumerate(scheduler.timesteps, start=1):
+    timesteps, latents = _start(scheduler, request.steps, noise.to(hidden.device), begin)
+    for done, timestep in enumerate(timesteps, start=1):
         noisy = torch.cat([latents] * (len(hidden) // len(latents)))
         noisy = scheduler.scale_model_input(noisy, timestep).to(hidden.dtype)
         prediction = family.denoise(models, noisy, timestep.expand(len(noisy)), conditioning, sizes).float()
@@ -143,8 +154,30 @@ def _denoise(
             prediction = negative + request.guidance * (positive - negative)
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         if progress is not None:
-            progress(done, len(scheduler.timesteps))
+            progress(done, len(timesteps))
     return latents.to(hidden.dtype)
+
+
+def _start(scheduler: Any, steps: int, noise: Tensor, begin: tuple[Tensor, float] | None) -> tuple[Tensor, Tensor]:
+    """(the timesteps to go, the noisy latents of the first), shape of `noise` (B, C, h, w)."""
+    if begin is None:
+        return scheduler.timesteps, noise * scheduler.init_noise_sigma
+    latents, share = begin
+    first = (steps - max(1, int(steps * share))) * scheduler.order
+    if hasattr(scheduler, "set_begin_index"):  # those that count their steps
+        scheduler.set_begin_index(first)
+    timesteps = scheduler.timesteps[first:]
+    return timesteps, scheduler.add_noise(latents.to(noise).expand_as(noise), noise, timesteps[:1].expand(len(noise)))
+
+
+def _encoded(family: DiffusionFamily, models: Models, image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Scaled latents (1, C, h, w) of a picture, its middle cut out at `size`."""
+    from PIL import Image, ImageOps
+
+    fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
+    levels = torch.frombuffer(bytearray(fitted.tobytes()), dtype=torch.uint8).reshape(size[1], size[0], 3)
+    pixels = levels.permute(2, 0, 1)[None].float() / 127.5 - 1  # (1, 3, H, W)
+    return family.encode_image(models, pixels)
 
 
 def _image(pixels: Tensor) -> Image.Image:

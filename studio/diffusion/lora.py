@@ -1,15 +1,22 @@
-"""LoRAs for generation: named on the command line or in the prompt, found, applied, and taken off again."""
+"""LoRAs for generation: named on the command line or in the prompt, found, applied, and taken off again.
+
+Trained tokens come with them, in the same file or in one of their own: while it is applied, they stand in prompts.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from studio.adapters import AdapterSet, attach_adapters
 from studio.diffusion.prompts import extract_loras, finite_number
+from studio.diffusion.words import any_of
 from studio.errors import ConfigError, nearest
 from studio.families.base import DiffusionFamily, Models
 from studio.formats import adapter_path, read_adapter
@@ -18,7 +25,8 @@ from studio.formats import adapter_path, read_adapter
 @dataclass(frozen=True)
 class AppliedLora:
     """A LoRA that acts on a model: `sha` is the hash that A1111 prints, 12 digits of
-    `sshs_model_hash` (empty for a PEFT folder), `layers` the number of layers it changes."""
+    `sshs_model_hash` (empty for a PEFT folder or a pickle), `layers` the number of layers it changes, `words` its
+    trained tokens, which no strength changes."""
 
     name: str
     source: str
@@ -26,6 +34,7 @@ class AppliedLora:
     sha: str
     layers: int
     adapters: AdapterSet = field(repr=False, compare=False)
+    words: tuple[str, ...] = ()
 
 
 def parse_lora(text: str) -> tuple[str, float]:
@@ -92,7 +101,7 @@ def apply_loras(family: DiffusionFamily, models: Models, wanted: Sequence[tuple[
             if strength:
                 applied.append(_apply(family, models, source, strength))
     except BaseException:
-        _take_off(applied)
+        take_off(models, applied)
         raise
     return applied
 
@@ -104,29 +113,62 @@ def loras(family: DiffusionFamily, models: Models, wanted: Sequence[tuple[str, f
     try:
         yield applied
     finally:
-        _take_off(applied)
+        take_off(models, applied)
 
 
 def _apply(family: DiffusionFamily, models: Models, source: str, strength: float) -> AppliedLora:
     state = read_adapter(source)
     if state.family != family.name:
         raise ConfigError(f"{source}: the file is for {state.family}, the base is {family.name}")
+    if strength != 1 and not state.tensors:
+        weighed = f"({next(iter(state.embeddings))}:{strength:g})"
+        raise ConfigError(f"{source}: a textual inversion has no strength; weigh its word in the prompt, {weighed}")
     try:
+        _check_words(models, state.embeddings)
         adapters = attach_adapters(family.prefixes(models), state.tensors, strength)
     except ConfigError as problem:
         raise ConfigError(f"{source}: {problem}") from problem
+    models.words.update(state.embeddings)
     sha = state.metadata.get("sshs_model_hash") or _tensor_hash(adapter_path(source))
-    return AppliedLora(lora_name(source), source, strength, sha[:12], len(state.tensors), adapters)
+    name, words = lora_name(source), tuple(state.embeddings)
+    return AppliedLora(name, source, strength, sha[:12], len(state.tensors), adapters, words)
 
 
-def _take_off(applied: Sequence[AppliedLora]) -> None:
+def _check_words(models: Models, embeddings: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises ConfigError for a word that is there already, and for vectors that the encoders cannot take."""
+    known = {word.casefold() for word in models.words}
+    for word, parts in embeddings.items():
+        if word.casefold() in known:
+            raise ConfigError(f"two files have a token '{word}': rename the file, or apply one of them")
+        for encoder, vectors in parts.items():
+            width = models.parts[encoder].get_input_embeddings().embedding_dim  # type: ignore[operator]
+            room = models.tokenizers[encoder].model_max_length - 2
+            if vectors.shape[1] != width or len(vectors) > room:
+                raise ConfigError(
+                    f"token '{word}' is {tuple(vectors.shape)}; this base's {encoder} takes up to {room} vectors of "
+                    f"{width}: the file is for another base"
+                )
+
+
+def check_mentioned(applied: Sequence[AppliedLora], prompts: Sequence[str]) -> None:
+    """Raises ConfigError for a textual inversion whose word is in none of the prompts: it would do nothing."""
+    for lora in applied:
+        pattern = any_of(lora.words)
+        if not lora.layers and not any(re.search(pattern, prompt, re.IGNORECASE) for prompt in prompts):
+            raise ConfigError(f"{lora.source}: '{lora.words[0]}' is not in the prompt, so the file would do nothing")
+
+
+def take_off(models: Models, applied: Sequence[AppliedLora]) -> None:
+    """Undoes `apply_loras`."""
     for lora in applied:
         lora.adapters.detach()
+        for word in lora.words:
+            del models.words[word]
 
 
 def _tensor_hash(path: Path) -> str:
-    """sha256 of a safetensors file without its header, what kohya stores as `sshs_model_hash`; empty for a folder."""
-    if path.is_dir():
+    """sha256 of a safetensors file without its header, what kohya stores as `sshs_model_hash`; empty for others."""
+    if path.suffix != ".safetensors":
         return ""
     with path.open("rb") as file:
         file.seek(int.from_bytes(file.read(8), "little") + 8)

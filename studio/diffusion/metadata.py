@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -24,14 +24,18 @@ def save_png(
     applied: Sequence[AppliedLora] = (),
     index: int = 0,
     model: str = "",
+    chunks: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes picture `index` of the request's batch, with its parameters.
+    """Writes picture `index` of the request's batch as a PNG, with its parameters.
 
-    `applied` holds the LoRAs that acted, and no others are named; `model` is the base's name.
+    `applied` holds the LoRAs that acted, and no others are named; `model` is the base's name; `chunks` are
+    further text chunks.
     """
     info = PngImagePlugin.PngInfo()
     info.add_text(CHUNK, format_parameters(request, image.size, applied, index, model))
-    image.save(path, pnginfo=info)
+    for name, text in (chunks or {}).items():
+        info.add_itxt(name, text)
+    image.save(path, "PNG", pnginfo=info)
 
 
 def format_parameters(
@@ -42,6 +46,7 @@ def format_parameters(
     model: str = "",
 ) -> str:
     """The text of the chunk: prompt with `<lora:name:strength>`, negative prompt, and a line of settings."""
+    applied = [lora for lora in applied if lora.layers]  # of a textual inversion, the word is in the prompt
     tags = [f"<lora:{lora.name}:{lora.strength:g}>" for lora in applied]
     lines = [" ".join([_one_field(request.prompt), *tags]).strip()]
     if request.negative_prompt:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from studio.diffusion.words import Words
 from studio.errors import ConfigError
 from studio.families.base import Conditioning, DiffusionFamily, Models
 
@@ -121,15 +123,19 @@ def encode_prompts(family: DiffusionFamily, models: Models, prompts: Sequence[st
     `encoder_hidden_states` is (B, chunks * T, width), T the tokenizer's length: a prompt is cut into
     chunks of T - 2 tokens, each encoded between its own start and end tokens, and shorter prompts
     are filled up with empty chunks. `pooled` is the first chunk's. A plain prompt of one chunk gives
-    what `family.encode_prompt` gives. `clip_skip` counts the last layers left out; raises ConfigError
-    where a text encoder has not that many.
+    what `family.encode_prompt` gives. Words of `models.words` stand for their vectors. `clip_skip` counts
+    the last layers left out; raises ConfigError where a text encoder has not that many.
     """
     layers = min(models.parts[name].config.num_hidden_layers for name in models.tokenizers)
     if clip_skip >= layers:
         raise ConfigError(
             f"clip_skip is {clip_skip}; this base's text encoder has {layers} layers, so at most {layers - 1}"
         )
-    chunks = {name: [_chunks(tokenizer, prompt) for prompt in prompts] for name, tokenizer in models.tokenizers.items()}
+    words = {name: _words(models, name) for name in models.tokenizers}
+    chunks = {
+        name: [_chunks(tokenizer, words[name], prompt) for prompt in prompts]
+        for name, tokenizer in models.tokenizers.items()
+    }
     count = max(len(own) for rows in chunks.values() for own in rows)
     tokens, weights = {}, []
     for name, tokenizer in models.tokenizers.items():
@@ -138,32 +144,38 @@ def encode_prompts(family: DiffusionFamily, models: Models, prompts: Sequence[st
         tokens[name] = torch.tensor([[token for token, _ in row] for row in framed])
         encoder_weights = torch.tensor([[weight for _, weight in row] for row in framed])
         weights.append((encoder_weights, models.parts[name].config.hidden_size))
-    encoded = family.encode_tokens(models, tokens, clip_skip)
+    with ExitStack() as stack:
+        plain = {name: stack.enter_context(words[name].standing(own)) for name, own in tokens.items()}
+        encoded = family.encode_tokens(models, plain, clip_skip)
     hidden = _weighted(encoded.encoder_hidden_states, weights)
     hidden = hidden.reshape(len(prompts), -1, hidden.shape[-1])
     pooled = None if encoded.pooled is None else encoded.pooled[::count]
     return Conditioning(hidden, pooled)
 
 
-def _chunks(tokenizer: Any, prompt: str) -> list[WeightedTokens]:
+def _words(models: Models, encoder: str) -> Words:
+    vectors = {word: parts[encoder] for word, parts in models.words.items() if encoder in parts}
+    return Words(models.parts[encoder], vectors)
+
+
+def _chunks(tokenizer: Any, words: Words, prompt: str) -> list[WeightedTokens]:
     """The prompt's tokens in chunks that leave room for a start and an end token; at least one chunk."""
     size = tokenizer.model_max_length - 2
     comma = tokenizer(",", add_special_tokens=False).input_ids[-1]
     chunks: list[WeightedTokens] = []
     for section in parse_weights(prompt):
-        tokens = [
-            (token, weight)
-            for text, weight in section
-            for token in tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        ]
-        chunks.extend(_cut(tokens, size, comma))
+        tokens = [(token, weight) for text, weight in section for token in words.tokenize(tokenizer, text)]
+        chunks.extend(_cut(tokens, size, comma, words))
     return chunks
 
 
-def _cut(tokens: WeightedTokens, size: int, comma: int) -> Iterator[WeightedTokens]:
+def _cut(tokens: WeightedTokens, size: int, comma: int, words: Words) -> Iterator[WeightedTokens]:
+    """Chunks of up to `size` tokens, none of which begins inside of a word of several vectors."""
     while len(tokens) > size:
         commas = [place for place in range(max(0, size - COMMA_REACH), size + 1) if tokens[place][0] == comma]
         end = min(commas[-1] + 1, size) if commas else size
+        while words.continues(tokens[end][0]):
+            end -= 1
         yield tokens[:end]
         tokens = tokens[end:]
     yield tokens

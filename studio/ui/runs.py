@@ -1,0 +1,7 @@
+TITLE = "Runs"
+
+
+def build(context):
+    import gradio as gr
+
+    gr.Markdown("runs")
