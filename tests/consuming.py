@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import math
@@ -101,14 +100,9 @@ def deep_unet() -> nn.Module:
     return tiny.fill(unet, 2)
 
 
-def base(kind: str) -> tuple[ModelFamily, Models]:
-    """A fresh tiny base."""
-    family, models = _loaded(kind)
-    return family, replace(models, parts={name: copy.deepcopy(models.parts[name]) for name in family.components})
-
-
 @functools.cache
-def _loaded(kind: str) -> tuple[ModelFamily, Models]:
+def base(kind: str) -> tuple[ModelFamily, Models]:
+    """A tiny base, which all share: what is attached to it has to be detached again."""
     return (FAMILIES["flux"], tiny_transformers.models("flux")) if kind == "flux" else load_base(str(folder(kind)))
 
 
@@ -125,6 +119,7 @@ def adapter(kind: str, name: str) -> AdapterState:
             else:
                 size = 1.0 if "hada" in key else 0.5  # of LoHa's four factors
                 parameter.copy_(size * noise / math.sqrt(parameter[0].numel()))
+    adapters.detach()
     return AdapterState(family.name, adapters.state())
 
 
@@ -195,7 +190,7 @@ def chosen(case: Case) -> AdapterState:
 
 
 def understood(case: Case, file: Path) -> Answer:
-    """What the file means by our own reading of it, on a fresh base."""
+    """What the file means by our own reading of it."""
     family, models = base(case.kind)
     state = read_adapter(file)
     reports = check_file(file, family, models)
@@ -206,6 +201,8 @@ def understood(case: Case, file: Path) -> Answer:
         changes = {name: one.delta_weight(WeightView(targets[name])) for name, one in adapters.items()}
     adapters.merge()
     needed = importance({name: targets[name].layer.weight for name in changes}, changes, models, case.kind)
+    adapters.unmerge()
+    adapters.detach()
     return Answer(found, changes, needed, reports)
 
 

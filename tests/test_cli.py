@@ -126,7 +126,7 @@ def test_flags_carry_the_schemas_help(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("COLUMNS", "300")
     assert ending(monkeypatch, "train-sd", "--help") == 0
     text = capsys.readouterr().out
-    assert "Optimizer steps. (1 or more; default 1500)" in text
+    assert "Optimizer steps: " in text and "(1 or more; default 1500)" in text
     assert "kohya, diffusers, peft" in text
     assert "sd15-style" in text, "--preset names the presets"
     assert ending(monkeypatch, "train-sd", "--help-all") == 0

@@ -110,7 +110,7 @@ def test_the_builtin_base_has_preset_data_and_name(tmp_path: Path) -> None:
         ("rank=3", "Did you mean adapter.rank?"),
         ("adapter.rank=abc", "adapter.rank is 'abc'"),
         ("adapter.rank=0", "adapter.rank is 0"),
-        ("output.format=kohyaa", "'kohya', 'diffusers' or 'peft'"),
+        ("output.format=kohyaa", "'lycoris' or 'onetrainer'"),
         ("schedule.warmup_steps=5", "constant_with_warmup"),
         ("data.resolution=100", "multiple of 8; the nearest is 96"),
         ('adapter.overrides={"*.to_q": {rank: many}}', "adapter.overrides.*.to_q.rank is 'many'"),

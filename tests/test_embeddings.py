@@ -289,7 +289,7 @@ def test_files_are_applied_and_taken_off(base: Any, ink: Path, tmp_path: Path) -
         check_mentioned(applied, ["a cat", "no <INK>"])
         with pytest.raises(ConfigError, match="not in the prompt"):
             check_mentioned(applied, ["a cat", ""])
-        with pytest.raises(ConfigError, match="two files have a token"):
+        with pytest.raises(ConfigError, match="there are two tokens"):
             apply_loras(family, models, [(str(ink), 1.0)])
     assert (inside != before).any() and not models.words
     assert (np.asarray(generate(family, models, request)[0]) == before).all()

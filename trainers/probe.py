@@ -14,6 +14,7 @@ from trainers.checkpoint import KEPT
 from trainers.optim import make_optimizer
 from trainers.sd_task import DiffusionTask, Sample
 
+FEW = 5  # sampler steps that are drawn
 PNG_BYTES = 1.5  # a pixel of a drawn picture, compressed
 
 
@@ -58,15 +59,20 @@ def _step(task: DiffusionTask, batch: list[Sample], device: torch.device) -> flo
 
 
 def _picture(task: DiffusionTask) -> float:
-    """Seconds of a sample picture, by pictures of one and of three sampler steps."""
+    """Seconds of a sample picture, by one of a single sampler step and one of a few."""
     task.adapters.eval()
-    seconds = {}
-    for steps in (1, 1, 3):
+    steps = task.config.samples.steps
+    few = min(FEW, steps)
+
+    def timed(count: int) -> float:
         started = time.perf_counter()
-        task.draw(task.preview_prompts()[0], 0, steps)  # ends on the CPU, so nothing is under way any more
-        seconds[steps] = time.perf_counter() - started
-    a_step = max(seconds[3] - seconds[1], 0.0) / 2
-    return seconds[1] + a_step * (task.config.samples.steps - 1)
+        task.draw(task.preview_prompts()[0], 0, count)  # ends on the CPU, so nothing is under way any more
+        return time.perf_counter() - started
+
+    timed(1)
+    short, long = timed(1), timed(few)
+    a_step = max(long - short, 0.0) / max(few - 1, 1)  # the rest is the prompt, and decoding
+    return long + a_step * (steps - few)
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -128,9 +128,9 @@ def _apply(family: DiffusionFamily, models: Models, source: str, strength: float
         adapters = attach_adapters(family.prefixes(models), state.tensors, strength)
     except ConfigError as problem:
         raise ConfigError(f"{source}: {problem}") from problem
-    models.words.update(state.embeddings)
     sha = state.metadata.get("sshs_model_hash") or _tensor_hash(adapter_path(source))
     name, words = lora_name(source), tuple(state.embeddings)
+    models.words.update(state.embeddings)
     return AppliedLora(name, source, strength, sha[:12], len(state.tensors), adapters, words)
 
 
@@ -139,7 +139,8 @@ def _check_words(models: Models, embeddings: Mapping[str, Mapping[str, Tensor]])
     known = {word.casefold() for word in models.words}
     for word, parts in embeddings.items():
         if word.casefold() in known:
-            raise ConfigError(f"two files have a token '{word}': rename the file, or apply one of them")
+            raise ConfigError(f"there are two tokens '{word}': rename the file, or apply one of them")
+        known.add(word.casefold())
         for encoder, vectors in parts.items():
             width = models.parts[encoder].get_input_embeddings().embedding_dim  # type: ignore[operator]
             room = models.tokenizers[encoder].model_max_length - 2

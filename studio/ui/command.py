@@ -13,7 +13,7 @@ from studio.terminal import console
 
 def app(
     workspace: Annotated[
-        Path | None, typer.Option(help="Folder with runs, datasets and adapters. (default $STUDIO_HOME, or this folder)")
+        Path | None, typer.Option(help="Folder of runs, pictures and adapters. (default $STUDIO_HOME, or this folder)")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 7860,

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,20 +76,6 @@ def _blocks(place: str, changed: int) -> dict[str, str]:
     return found
 
 
-def import_adapter(workspace: Workspace, file: Path) -> str:
-    """Copies a file that holds an adapter into the library. Returns its source; raises ConfigError for one that holds
-    none, and for a name that another file has."""
-    from studio.formats import read_adapter
-
-    read_adapter(file)
-    target = workspace.library / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', file.stem).strip('.-') or 'adapter'}.safetensors"
-    if target.exists() and target.read_bytes() != file.read_bytes():
-        raise ConfigError(f"the library has another '{target.name}' already: rename one of the two")
-    workspace.create()
-    shutil.copyfile(file, target)
-    return workspace.outside(str(target))
-
-
 def keep_start(workspace: Workspace, picture: Image.Image) -> str:
     """Keeps a picture to start from. Returns its source, which its pixels decide."""
     buffer = BytesIO()
@@ -116,8 +101,13 @@ def request(workspace: Workspace, uses: Sequence[Use], values: Mapping[str, Any]
 
 
 def config(workspace: Workspace, base: str, requests: Sequence[DrawRequest]) -> DrawConfig:
-    """The job that draws `requests` on a base."""
-    return DrawConfig.model_validate({"model": {"source": workspace.inside(base or "builtin")}, "requests": requests})
+    """The job that draws `requests` on a base. An adapter of strength 0 is left out, as the picture is that of the base
+    and may be there."""
+    acting = [
+        one.model_copy(update={"adapters": [adapter for adapter in one.adapters if adapter.strength]})
+        for one in requests
+    ]
+    return DrawConfig.model_validate({"model": {"source": workspace.inside(base or "builtin")}, "requests": acting})
 
 
 def compared(asked: DrawRequest) -> list[DrawRequest]:

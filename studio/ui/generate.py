@@ -22,6 +22,7 @@ from studio.ui import generate_html as html
 from studio.ui.adapters import adapters_of, choices
 from studio.ui.context import PRIVATE, Context
 from studio.ui.drawing import AXES, CHECKPOINT, NONE, PROMPT, SEED, STRENGTH
+from studio.ui.shelf import take_file
 from studio.ui.train_settings import BASES
 
 TITLE = "Generate"
@@ -29,6 +30,7 @@ QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
 MAIN = ("steps", "guidance", "seed", "count")
 MORE = ("width", "height", "clip_skip")
 NUMBERS = (*MAIN, *MORE, "denoising")
+LABELS = {"count": "Pictures", "clip_skip": "Clip skip", "denoising": "How much may change"}
 PAGE = 24  # pictures of the history
 HINTS = {
     NONE: "",
@@ -47,7 +49,7 @@ class Screen:
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 self._settings()
-            with gr.Column(scale=6, min_width=320):
+            with gr.Column(scale=6, min_width=320, elem_classes="sticky"):
                 self._results()
         self._history()
         browser = {"secret": "adapter-studio"}
@@ -102,7 +104,7 @@ class Screen:
                                   elem_id="generate-start")  # fmt: skip
             self.fields |= form.form(DrawRequest, ["denoising"], start)
         for key, field in self.fields.items():
-            field.elem_id = f"generate-{key}"
+            field.elem_id, field.label = f"generate-{key}", LABELS.get(key, key.capitalize())
         self.fields["width"].placeholder = self.fields["height"].placeholder = "the base's own"
         self._grid()
 
@@ -139,14 +141,14 @@ class Screen:
         with gr.Accordion("History", open=True, elem_id="generate-history-box"):
             gr.Markdown("Click a picture to have its settings again, or drop any PNG that tells them, A1111's too.")
             self.drop = gr.File(
-                label="PNG", file_types=[".png"], height=90, elem_id="generate-drop", file_count="single"
+                label="PNG", file_types=[".png"], height=140, elem_id="generate-drop", file_count="single"
             )
             self.restored = gr.HTML(elem_id="generate-restored")
             self.history = gr.HTML(
                 html.NO_HISTORY, elem_id="generate-history", css_template=html.HISTORY_CSS, js_on_load=html.HISTORY_JS
             )
             self.most = gr.State(PAGE)
-            self.older = gr.Button("Show more", size="sm", elem_id="generate-older")
+            self.older = gr.Button("Show more", size="sm", visible=False, elem_id="generate-older")
 
     def _bases(self) -> list[tuple[str, str]]:
         own = [(f"Merged: {Path(source).stem}", source) for source in drawing.bases(self.workspace)]
@@ -163,7 +165,7 @@ class Screen:
     def _events(self) -> None:
         everything = [*self.scene, self.start]
         shown = [self.problem, self.watched, self.seen, self.timer, self.stop]
-        live = [self.progress, self.result, self.slider, self.stop, self.timer, self.history, self.seen]
+        live = [self.progress, self.result, self.slider, self.stop, self.timer, self.seen, self.history, self.older]
         self.draw.click(self._on_draw, everything, shown, **PRIVATE)
         self.prompt.submit(self._on_draw, everything, shown, **PRIVATE)
         self.compare.click(self._on_compare, everything, shown, **PRIVATE)
@@ -175,21 +177,19 @@ class Screen:
         self.history.restore(self._on_restore, None, [*everything, self.restored], **QUIET)
         self.drop.upload(self._on_dropped, self.drop, [*everything, self.restored, self.drop], **PRIVATE)
         self.older.click(lambda most: most + PAGE, self.most, self.most, **QUIET).then(
-            self._pictures, self.most, self.history, **QUIET
+            self._pictures, self.most, [self.history, self.older], **QUIET
         )
         edits = [field.change for field in self.scene]
         gr.on(edits, lambda *given: {"scene": list(given)}, self.scene, self.draft, **QUIET, trigger_mode="always_last")
         page = self.context.page
+        self.context.tabs.change(self._known, None, [self.adapters, self.base], **QUIET)
         page.load(self._on_load, self.draft, self.scene, **QUIET)
         page.load(self._on_tick, [self.watched, self.seen, self.most], live, **QUIET)
-        page.load(self._pictures, self.most, self.history, **QUIET)
+        page.load(self._pictures, self.most, [self.history, self.older], **QUIET)
 
-    def tab_selected(self, tab: Any) -> None:
+    def _known(self) -> list[Any]:
         """Other screens may have made adapters and bases since."""
-        tab.select(
-            lambda: [gr.HTML(choices=choices(adapters_of(self.workspace))), gr.Dropdown(choices=self._bases())],
-            None, [self.adapters, self.base], **QUIET,
-        )  # fmt: skip
+        return [gr.HTML(choices=choices(adapters_of(self.workspace))), gr.Dropdown(choices=self._bases())]
 
     def _asked(self, given: tuple[Any, ...]) -> tuple[str, DrawRequest]:
         base, uses, prompt, negative, sampler, *rest = given
@@ -246,10 +246,10 @@ class Screen:
         watched = watched or {}
         view = drawing.view(self.workspace, watched.get("job", ""))
         if view is None:
-            return [gr.skip()] * 4 + [gr.Timer(active=False), gr.skip(), gr.skip()]
+            return [gr.skip()] * 4 + [gr.Timer(active=False)] + [gr.skip()] * 3
         now = [watched["job"], view.state, view.done, view.before, round(view.share, 2), view.message]
         if now == seen:
-            return [gr.skip()] * 7
+            return [gr.skip()] * 8
         compared = watched.get("mode") == "compare" and view.done == 2
         slider = gr.ImageSlider(self._pair(view), visible=True) if compared else gr.ImageSlider(visible=False)
         new = seen is None or seen[:3] != now[:3]
@@ -259,8 +259,8 @@ class Screen:
             slider if new else gr.skip(),
             gr.Button(visible=not view.over, interactive=view.state != "stopping"),
             gr.Timer(active=not view.over),
-            self._pictures(most) if new and view.done else gr.skip(),
             now,
+            *(self._pictures(most) if new and view.done else [gr.skip()] * 2),
         ]
 
     def _result(self, view: drawing.View, watched: dict[str, Any]) -> str:
@@ -274,8 +274,9 @@ class Screen:
         before, after = (Image.open(file).convert("RGB") for file in view.pictures if file)
         return before, after
 
-    def _pictures(self, most: int) -> str:
-        return html.history_html(self.context, restoring.history(self.workspace, most))
+    def _pictures(self, most: int) -> list[Any]:
+        pictures = restoring.history(self.workspace, most + 1)
+        return [html.history_html(self.context, pictures[:most]), gr.Button(visible=len(pictures) > most)]
 
     def _on_axis(self, kind: str) -> list[Any]:
         known = [(label, source) for source, label in drawing.checkpoints(self.workspace).items()]
@@ -286,7 +287,7 @@ class Screen:
 
     def _on_upload(self, file: str, uses: list[drawing.Use]) -> list[Any]:
         try:
-            source = drawing.import_adapter(self.workspace, Path(file))
+            source = take_file(self.workspace, Path(file)).key
         except StudioError as problem:
             return [gr.skip(), html.problem_html(problem)]
         others = [one for one in uses or [] if one["source"] not in ("", source)]
@@ -326,10 +327,7 @@ class Screen:
 
 def build(context: Context) -> None:
     """The screen, inside its tab."""
-    tab = gr.context.Context.block
     screen = Screen(context)
-    if isinstance(tab, gr.Tab):
-        screen.tab_selected(tab)
     context.shared["generate.adapters"] = screen.adapters
     context.shared["generate.base"] = screen.base
     context.shared["generate.prompt"] = screen.prompt

@@ -37,7 +37,7 @@ ADAPTERS_TEMPLATE = r"""
       <input type="number" id="generate-number-${row}" min="-10" max="10" step="0.05" value="${use.strength}"
         data-row="${row}" data-part="strength" aria-label="Strength of adapter ${row + 1} as a number">
     </div>
-    <details id="generate-blocks-${row}" data-row="${row}">
+    <details id="generate-blocks-${row}" data-row="${row}" ${use.open ? 'open' : ''}>
       <summary>Strength of each block</summary>
       <p>Times the strength above: 1 as it is, 0 leaves the block out.</p>
       <div class="bars">${Object.entries(use.names || use.blocks).map(([pattern, name]) =>
@@ -58,7 +58,7 @@ select, input[type=number] { padding: 6px; border-radius: 6px; color: var(--body
   background: var(--input-background-fill); border: 1px solid var(--border-color-primary); }
 input[type=range] { flex: 1; min-width: 0; accent-color: var(--color-accent); }
 input[type=number] { width: 5.2rem; }
-.remove { width: 32px; height: 32px; flex: none; }
+.remove { width: 32px; height: 32px; flex: none; padding: 0; font-size: 1rem; line-height: 1; }
 .add { padding: .35rem .9rem; }
 button { border: 1px solid var(--border-color-primary); border-radius: 6px; cursor: pointer;
   color: var(--body-text-color); background: var(--button-secondary-background-fill); }
@@ -80,17 +80,17 @@ const show = () => element.querySelectorAll('[data-row]').forEach((part) => {
   else if (part.dataset.part) part.value = use[part.dataset.part];
 });
 const name = async (row) => {
-  const {source} = uses()[row] || {};
-  if (!source || uses()[row].names) return;
-  const names = await server.names_of_blocks(source);
-  if (uses()[row]?.source === source) change(row, {names});
+  const {source, open, names} = uses()[row] || {};
+  if (!source || !open || names) return;
+  const found = await server.names_of_blocks(source);
+  if (uses()[row]?.source === source) change(row, {names: found});
 };
 element.addEventListener('input', ({target}) => {
   const row = +target.dataset.row, number = Number(target.value);
   if (target.dataset.block) change(row, {blocks: {...uses()[row].blocks, [target.dataset.block]: number}});
   else if (target.dataset.part === 'source') {
     change(row, {source: target.value, blocks: {}, names: null});
-    if (element.querySelectorAll('details')[row].open) name(row);
+    name(row);
   } else if (target.dataset.part && target.value !== '') change(row, {strength: number});
 });
 element.addEventListener('click', ({target}) => {
@@ -98,10 +98,15 @@ element.addEventListener('click', ({target}) => {
   if (target.matches('.add')) put([...uses(), {source: unused || '', strength: 1, blocks: {}}]);
   if (target.matches('.remove')) put(uses().filter((_, place) => place !== +target.dataset.row));
 });
-element.addEventListener('toggle', ({target}) => target.open && name(+target.dataset.row), true);
+element.addEventListener('toggle', ({target}) => {
+  const row = +target.dataset.row;
+  if (!uses()[row] || !!uses()[row].open === target.open) return;
+  change(row, {open: target.open});
+  name(row);
+}, true);
 watch('value', () => {
   show();
-  element.querySelectorAll('details[open]').forEach((part) => name(+part.dataset.row));
+  uses().forEach((_, row) => name(row));
 });
 """
 """The value is the list of adapters itself, so that it goes wherever a value goes. The page keeps what was typed into
@@ -119,7 +124,7 @@ element.addEventListener('click', (event) => {
 });
 """
 GRID_CSS = """
-table { border-collapse: separate; border-spacing: 4px; }
+table { border-collapse: separate; border-spacing: 4px; border: 0; margin: 0; }
 th { font-weight: 600; font-size: .85rem; text-align: left; max-width: 11rem; overflow-wrap: anywhere; padding: 2px 6px;
   color: var(--body-text-color); background: none; border: 0; }
 td { padding: 0; border: 0; background: var(--background-fill-secondary); }

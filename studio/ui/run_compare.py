@@ -27,9 +27,7 @@ def curves(series: Mapping[str, Series]) -> list[Point]:
     """The smoothed loss of each run, by its label: a thousand points in all at most."""
     most = 2 * POINTS // max(len(series), 1)
     return [
-        point
-        for label, one in series.items()
-        for point in named(label, smoothed(one.curves.get("loss", [])), most)
+        point for label, one in series.items() for point in named(label, smoothed(one.curves.get("loss", [])), most)
     ]
 
 

@@ -44,7 +44,7 @@ class Row:
 
 
 def rows(workspace: Workspace) -> list[Row]:
-    """What is at work, then what waits, of any kind and in its order; then the trainings that ended, the newest first."""
+    """What is at work; what waits, of any kind and in its order; then trainings that ended, the newest first."""
     waits = {entry.folder: place for place, entry in enumerate(queue.waiting(workspace))}
     taken = [entry.folder for entry in queue.entries(workspace) if entry.folder not in waits]
     newest = (file.parent for file in sorted(workspace.runs.glob("*/config.yaml"), reverse=True))
@@ -108,7 +108,7 @@ def _waiting(row: Row) -> Words:
         return Words("Starting")
     if row.ahead:
         return Words("Waiting", f"{row.ahead} in the queue before it")
-    return Words("Waiting", "next in the queue: it starts when the job at work has ended")
+    return Words("Waiting", "it comes next, when the job at work has ended")
 
 
 def _at_work(row: Row, view: RunView) -> Words:
@@ -147,7 +147,13 @@ def _rungs(log: Sequence[str]) -> str:
 
 def checkpoint_step(folder: Path) -> int:
     """The step of the newest checkpoint; 0 without one."""
-    return max((int(place.name[5:]) for place in folder.glob("checkpoints/step-*") if place.name[5:].isdigit()), default=0)
+    return max(_steps(folder / "checkpoints"), default=0)
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    """Step -> its folder, in order."""
+    found = {place.name[5:]: place for place in sorted(folder.glob("step-*"))}
+    return {int(step): place for step, place in found.items() if step.isdigit()}
 
 
 def adapter_of(folder: Path) -> Path | None:
@@ -158,6 +164,11 @@ def adapter_of(folder: Path) -> Path | None:
     step = f"checkpoints/step-{checkpoint_step(folder):06d}"
     found = [file for pattern in ("*.safetensors", f"{step}/*.safetensors") for file in sorted(folder.glob(pattern))]
     return next(iter(found), None)
+
+
+def weights(adapter: Path) -> Path:
+    """The file with an adapter's tensors: a peft folder's is in it."""
+    return adapter / "adapter_model.safetensors" if adapter.is_dir() else adapter
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -227,8 +238,7 @@ class Samples:
 
 def samples(folder: Path) -> Samples:
     """What a run has drawn so far."""
-    places = {int(place.name[5:]): place for place in folder.glob("samples/step-*") if place.name[5:].isdigit()}
-    pictures = {step: sorted(place.glob("*.png")) for step, place in sorted(places.items())}
+    pictures = {step: sorted(place.glob("*.png")) for step, place in _steps(folder / "samples").items()}
     count = max(map(len, pictures.values()), default=0)
     known = (settings(folder).get("samples") or {}).get("prompts") or []
     return Samples([*known, *(f"Caption {place + 1} of the dataset" for place in range(len(known), count))], pictures)

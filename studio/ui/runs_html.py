@@ -15,7 +15,7 @@ from studio.units import duration
 THUMBNAIL = 256  # pixels
 EMPTY = empty(
     "No runs yet",
-    "Start one in <b>Train</b>. It shows here, live, as do those that <code>studio train-sd</code> starts in a terminal.",
+    "Start one in <b>Train</b>: it shows here, live, as does one of <code>studio train-sd</code> in a terminal.",
 )
 TABLE_CSS = """
 div { max-height: 19rem; overflow: auto; border: 1px solid var(--border-color-primary); border-radius: 8px; }
@@ -25,6 +25,7 @@ th, td { text-align: left; padding: .3rem .6rem; border: 0; border-bottom: 1px s
 th { position: sticky; top: 0; background: var(--background-fill-secondary); z-index: 1; }
 td:nth-child(n+3), th:nth-child(n+3) { text-align: right; font-variant-numeric: tabular-nums; }
 td:first-child { width: 100%; white-space: normal; min-width: 8.5rem; }
+tr { border: 0; }
 tr.chosen td { background: color-mix(in srgb, var(--color-accent) 16%, transparent); }
 button { display: block; width: 100%; text-align: left; padding: .15rem 0; background: none; border: 0; font: inherit;
   font-weight: 600; color: var(--body-text-color); cursor: pointer; overflow-wrap: anywhere; }
@@ -42,6 +43,7 @@ STATE_CSS = """
 h3 { margin: .2rem 0; overflow-wrap: anywhere; }
 p { margin: .3rem 0; overflow-wrap: anywhere; }
 .track { margin: .5rem 0; }
+pre.log { display: flex; flex-direction: column-reverse; max-height: 8rem; margin: .3rem 0; }
 """
 SAMPLES_CSS = """
 div { overflow-x: auto; }
@@ -50,7 +52,9 @@ th, td { border: 0; padding: 2px 8px 2px 0; text-align: left; font-weight: 400; 
   color: var(--body-text-color); }
 th[colspan] { font-weight: 600; padding-top: .5rem; }
 th[colspan] span { position: sticky; left: 0; }
-img { width: 128px; height: 128px; object-fit: contain; border-radius: 6px; background: var(--background-fill-secondary); }
+tr, thead { border: 0; }
+img { width: 128px; height: 128px; margin: 0; object-fit: contain; border-radius: 6px;
+  background: var(--background-fill-secondary); }
 @media (max-width: 600px) { img { width: 88px; height: 88px; } }
 """
 COLUMNS_CSS = """
@@ -102,7 +106,7 @@ def state_html(row: Row, words: Words, rates: Mapping[str, float], log: Sequence
     facts = {"Step": f"{status.step} of {status.total}" if status.total else ""}
     facts["Loss"] = f"{status.loss:.4f}" if status.loss is not None else ""
     facts["Learning rate"] = ", ".join(_rate(name, value) for name, value in rates.items())
-    facts["Folder"] = escape(str(row.folder))
+    facts["Folder"] = escape(f"{row.folder.parent.name}/{row.id}")
     figures = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts.items() if value)
     return (
         f'<h3 id="runs-title">{escape(row.title)}</h3>{_words(row, words, log)}{bar if status.total else ""}'
@@ -117,7 +121,8 @@ def _words(row: Row, words: Words, log: Sequence[str]) -> str:
     if state not in ENDED_EARLY:
         return f'<div class="good">{head}</div>' if state == "finished" else head
     lines = escape("\n".join(log[-10:]))
-    told = f'<pre class="log" aria-label="End of the log" tabindex="0">{lines}</pre>' if state in ("failed", "crashed") and log else ""
+    ends_badly = state in ("failed", "crashed") and log
+    told = f'<pre class="log" aria-label="End of the log" tabindex="0">{lines}</pre>' if ends_badly else ""
     return f'<div class="problem">{head}{told}<p id="runs-next">{escape(words.next_step)}</p></div>'
 
 

@@ -14,7 +14,7 @@ CSS = """
 .empty h3 { margin: 0 0 .4rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 10px; }
 .tiles figure { margin: 0; }
-.tiles img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 6px; image-rendering: auto;
+.tiles img { width: 100%; margin: 0 !important; aspect-ratio: 1; object-fit: contain; border-radius: 6px; image-rendering: auto;
   background: var(--background-fill-secondary); }
 .tiles figcaption { font-size: .85rem; overflow-wrap: anywhere; color: var(--body-text-color); }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin: 0; }
@@ -26,6 +26,7 @@ CSS = """
 .good { border-left: 4px solid #15803d; padding: .4rem .8rem; }
 pre.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 table { display: block; overflow-x: auto; max-width: 100%; }
+@media (min-width: 900px) { .sticky { position: sticky; top: 12px; align-self: flex-start; } }
 @media (max-width: 600px) { .tiles { grid-template-columns: repeat(2, 1fr); } }
 """
 

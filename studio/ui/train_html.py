@@ -27,7 +27,8 @@ textarea { display: block; width: 100%; min-height: 56px; resize: vertical; padd
   border: 1px solid var(--border-color-primary); }
 .saved textarea { border-color: #15803d; }
 .failed textarea { border-color: #b42318; }
-button { width: 32px; height: 32px; padding: 0; border: 1px solid var(--border-color-primary); border-radius: 6px; cursor: pointer;
+button { width: 32px; height: 32px; padding: 0; cursor: pointer; border-radius: 6px;
+  border: 1px solid var(--border-color-primary);
   color: var(--body-text-color); background: var(--button-secondary-background-fill); }
 """
 FINDINGS_CSS = """

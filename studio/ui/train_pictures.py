@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ def take_files(workspace: Workspace, files: list[str], dataset: str | None, name
     else:
         folder = collection.new_folder(workspace.datasets, name.strip() or "my pictures")
     added = collection.add_files(folder, [(Path(file), Path(file).name) for file in files])
+    _clear_away(files)
     notes = [f"{len(added.pictures)} pictures and {len(added.captions)} captions came in."]
     notes += [f"Not used: {file}: {reason}." for file, reason in added.refused[:5]]
     if len(added.refused) > 5:
@@ -59,6 +61,14 @@ def take_files(workspace: Workspace, files: list[str], dataset: str | None, name
         folder.rmdir()
         return "", " ".join(notes)
     return folder.name, " ".join(notes)
+
+
+def _clear_away(files: list[str]) -> None:
+    """Removes what is left of uploads: captions and refused files, and the folder that each had for itself."""
+    for file in map(Path, files):
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+            file.parent.rmdir()
 
 
 def take_folder(workspace: Workspace, source: Path, name: str) -> str:

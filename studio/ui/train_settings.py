@@ -129,7 +129,9 @@ def shown(view: str, search: str, goal: str, values: Mapping[str, Any], preset: 
     """The settings to show: those that a search finds by name or description, or else those of the view."""
     if words := search.casefold().split():
         known = fields(TrainSDConfig)
-        texts = {key: f"{key} {label(key)} {known[key].description}".casefold().replace("_", " ") for key in form_keys()}
+        texts = {
+            key: f"{key} {label(key)} {known[key].description}".casefold().replace("_", " ") for key in form_keys()
+        }
         return {key for key, text in texts.items() if all(word.replace("_", " ") in text for word in words)}
     if view == CHANGED:
         return set(differences(values, preset))
