@@ -184,7 +184,7 @@ def test_methods_and_their_options_reach_their_layers(pictures: Path, tmp_path: 
     ):
         with pytest.raises(ConfigError, match=message):
             sd.build_task(config(pictures, tmp_path, adapter=adapter, model={"source": "./nowhere"}))
-    with pytest.raises(ConfigError, match="cannot hold the method 'loha': use the format 'kohya'"):
+    with pytest.raises(ConfigError, match="cannot hold the method 'loha': use one of the formats"):
         sd.build_task(config(pictures, tmp_path, adapter={"method": "loha"}, output={"format": "diffusers"}))
 
 

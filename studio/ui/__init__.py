@@ -18,7 +18,7 @@ def blocks(workspace: Any) -> Any:
 
     context = Context(workspace)
     modules = [import_module(f"studio.ui.{name}") for name in TABS]
-    with gr.Blocks(title="Adapter studio", analytics_enabled=False) as context.page:
+    with gr.Blocks(title="Adapter studio", analytics_enabled=False, delete_cache=(3600, 86400)) as context.page:
         gr.Markdown("# Adapter studio")
         with gr.Tabs(elem_id="tabs") as context.tabs:
             for name, module in zip(TABS, modules, strict=True):

@@ -17,7 +17,7 @@ from studio.ui import api
 from studio.ui import blend_html as html
 from studio.ui.adapters import adapters_of, choices
 from studio.ui.blend_tools import Tools
-from studio.ui.blending import METHODS, SETTINGS, Scene, analyze, digest, preview, recipe, save
+from studio.ui.blending import METHODS, SETTINGS, Scene, add_picture, analyze, digest, preview, recipe, save
 from studio.ui.context import PRIVATE, Context, empty
 
 TITLE = "Blend"
@@ -33,12 +33,16 @@ FORMATS = ["kohya", "diffusers", "peft", "comfyui", "lycoris", "onetrainer"]
 
 def build(context: Context) -> None:
     """The screen, inside its tab."""
-    bench = Bench(context)
-    bench.listen()
-    tools = Tools(context)
+    bench = context.shared["blend.bench"] = Bench(context)
     context.shared["blend.adapters"] = bench.adapters
-    context.shared["blend.bench"] = bench
-    context.shared["blend.tools"] = tools
+    Tools(context)
+
+
+def wire(context: Context) -> None:
+    """What needs to be outside of the tab: the draft, which a browser reads only where it is on the page."""
+    bench = context.shared["blend.bench"]
+    bench.draft.render()
+    bench.listen()
 
 
 class Bench:
@@ -59,7 +63,8 @@ class Bench:
             with gr.Row():
                 self.compare = gr.Button("Compare the adapters", elem_id="blend-analyze")
                 self.use = gr.Button("Use these strengths", visible=False, elem_id="blend-use-suggested")
-        self.draft = gr.BrowserState({}, storage_key="adapter-studio-blend", secret="adapter-studio")
+        self.draft = gr.BrowserState({}, storage_key="adapter-studio-blend", secret="adapter-studio", render=False)
+        self._previews: dict[str, list[str]] = {}  # digest -> jobs, of whoever asked
         self.timer = gr.Timer(0.5, active=False)
 
     def _adapters(self) -> None:
@@ -199,9 +204,9 @@ class Bench:
         fields = [gr.update(visible=name in own, **({"value": own[name]} if name in own else {})) for name in SETTINGS]
         return [gr.update(info=METHODS[method].effect), *fields]
 
-    def restore(self, draft: dict[str, Any]) -> list[Any]:
+    def restore(self, draft: dict[str, Any] | None) -> list[Any]:
         """What the browser kept."""
-        values = draft.get("values")
+        values = (draft or {}).get("values")
         if not values or len(values) != len(self.recipe):
             return [gr.skip()] * (len(self.recipe) + ROWS)
         known = {one.key for one in adapters_of(self.context.workspace)}
@@ -253,8 +258,9 @@ class Bench:
         names = [Path(key or "").name.removesuffix(".safetensors") for key in keys]
         return [round(new[name], 2) if name in new else gr.skip() for name in names]
 
-    def tick(self, draft: dict[str, Any]) -> list[Any]:
+    def tick(self, draft: dict[str, Any] | None) -> list[Any]:
         """What the jobs have come to."""
+        draft = draft or {}
         shown, under_way = {}, False
         for what in ("preview", "analysis", "save"):
             shown[what] = html.views(self.folders(draft, what))
@@ -291,13 +297,16 @@ class Bench:
         return [draft, *self.tick(draft)]
 
     def _previewed(self, draft: dict[str, Any], config: BlendConfig, scene: Scene) -> None:
+        """Draws a preview, unless one of the same was asked for: a list may say twice that it changed."""
         wanted = digest(config, scene)
-        states = [view.status.state for view in html.views(self.folders(draft, "preview"))]
-        if draft.get("of") == wanted and states and all(state in ("queued", "running", "finished") for state in states):
-            return
-        self._stop(draft, "preview")
-        draft["preview"] = [folder.name for folder in preview(self.context.workspace, config, scene)]
-        draft["of"] = wanted
+        known = self._previews.get(wanted, [])
+        states = [view.status.state for view in html.views(self.folders({"preview": known}, "preview"))]
+        if draft.get("preview") != known:
+            self._stop(draft, "preview")
+        if not states or any(state not in ("queued", "running", "finished") for state in states):
+            known = [folder.name for folder in preview(self.context.workspace, config, scene)]
+            self._previews[wanted] = known
+        draft["preview"] = known
 
     def _stop(self, draft: dict[str, Any], what: str) -> None:
         """Nobody waits for these jobs any more."""
@@ -320,6 +329,7 @@ class Bench:
         before = self.folders({"preview": draft.get("save_of", [])}, "preview")
         parts = [html.file_html(self.context, views[0].folder), html.progress_html(views)]
         if views[-1].status.state == "finished":
+            add_picture(views[0].folder, views[-1].folder)
             parts.append(html.same_html(before[-1] if before else None, views[-1].folder))
         return "".join(parts)
 

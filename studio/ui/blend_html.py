@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,8 @@ def _pair(pair: Mapping[str, Any]) -> str:
     conflict = whole["sign_conflict"]
     signs = f"; opposite signs in {conflict:.0%} of the weights" if conflict is not None else ""
     names = f"<b>{escape(pair['first'])}</b> and <b>{escape(pair['second'])}</b>"
+    if whole["score"] < 0.005:
+        return f"<li>{names} leave each other alone{signs}.</li>"
     return (
         f"<li>{names} {words}: they {effect} {whole['score']:.0%} of the weaker one's effect, most in "
         f"<code>{escape(worst['block'])}</code> ({worst['score']:.0%}){signs}.</li>"
@@ -109,7 +111,7 @@ def file_html(context: Context, folder: Path) -> str:
     file, facts = made.files[0], made.facts
     figures = {
         "Layers": facts["layers"],
-        "Rank": _ranks(facts["ranks"].values()),
+        "Rank": _ranks(facts["ranks"].values(), facts["layers"]),
         "Energy kept": f"{facts['energy_kept']:.2%}",
         "Residual": f"{facts['residual']:.2%} off the exact change" if facts["residual"] else "0: nothing was cut",
         "Sign conflicts": f"{facts['sign_conflict']:.0%} of the weights" if facts["sign_conflicts"] else "none counted",
@@ -118,10 +120,7 @@ def file_html(context: Context, folder: Path) -> str:
         "Left out": ", ".join(facts["left_out"][:3]),
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in figures.items() if value != "")
-    return (
-        f"<h4>{escape(file.name)}</h4>"
-        f'<dl class="facts">{rows}</dl>{download_html(context, file)}'
-    )
+    return f'<h4>{escape(file.name)}</h4><dl class="facts">{rows}</dl>{download_html(context, file)}'
 
 
 def download_html(context: Context, file: Path) -> str:
@@ -161,8 +160,10 @@ def views(folders: Sequence[Path]) -> list[RunView]:
     return [look(folder, log_lines=1) for folder in folders]
 
 
-def _ranks(ranks: Any) -> str:
+def _ranks(ranks: Collection[int], layers: int) -> str:
+    """ "8", "4 to 8", and how many layers have none: those are as large as the model's own."""
     found = sorted(set(ranks))
-    if not found:
-        return ""
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    parts = [f"{found[0]} to {found[-1]}" if len(found) > 1 else str(found[0])] if found else []
+    if full := layers - len(ranks):
+        parts.append(f"{full} layers as full differences; a size of “at most this rank” makes the file smaller")
+    return ", ".join(parts)

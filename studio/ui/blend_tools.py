@@ -48,12 +48,15 @@ class Tools:
         check.click(self.check, self.file, self.result, **PRIVATE)
         self.timer.tick(self.tick, self.job, [self.result, self.timer], **QUIET, concurrency_limit=None)
         self.convert_go.click(
-            self.convert, [self.file, self.name, self.layout, self.bake, self.bake_rank, self.base], self.result, **PRIVATE
+            self.convert,
+            [self.file, self.name, self.layout, self.bake, self.bake_rank, self.base],
+            self.result,
+            **PRIVATE,
         )
-        self.resize_go.click(self.resize, [self.file, self.name, self.by, self.rank, self.energy, self.base], shown, **QUIET)
-        self.extract_go.click(
-            self.extract, [self.name, self.untuned, self.tuned, self.extract_rank], shown, **QUIET
+        self.resize_go.click(
+            self.resize, [self.file, self.name, self.by, self.rank, self.energy, self.base], shown, **QUIET
         )
+        self.extract_go.click(self.extract, [self.name, self.untuned, self.tuned, self.extract_rank], shown, **QUIET)
         gr.on([context.page.load, context.tabs.change], self.lists, None, self.file, **QUIET)
 
     def _convert(self) -> None:
@@ -81,7 +84,9 @@ class Tools:
     def _extract(self) -> None:
         with gr.Tab("Extract", elem_id="tools-tab-extract"):
             gr.Markdown("An adapter out of two checkpoints: what the tuned one has and the other has not.")
-            self.untuned = gr.Textbox(label="Trained from", elem_id="tools-untuned", placeholder="/models/base.safetensors")
+            self.untuned = gr.Textbox(
+                label="Trained from", elem_id="tools-untuned", placeholder="/models/base.safetensors"
+            )
             self.tuned = gr.Textbox(label="Tuned", elem_id="tools-tuned", placeholder="/models/tuned.safetensors")
             self.extract_rank = gr.Slider(1, 128, 32, step=1, label="Rank", elem_id="tools-extract-rank")
             self.extract_go = gr.Button("Extract into the library", elem_id="tools-extract")
@@ -111,7 +116,7 @@ class Tools:
         def do() -> Path:
             one = find(self.context.workspace, key)
             amount = {"rank": int(rank)} if by == "rank" else {"energy": energy}
-            given = base.strip() or ("" if one.method == "lora" else one.source)
+            given = base.strip() or ("builtin" if one.method != "lora" and one.source == "builtin" else "")
             suffix = f"rank{int(rank)}" if by == "rank" else f"energy{energy:g}"
             file = {"name": free_name(self.context.workspace, name or f"{_plain(one.path)}-{suffix}")}
             config = {"source": str(one.path), "file": file, "base": given, **amount}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,9 +170,10 @@ def together(config: BlendConfig) -> bool:
 
 
 def digest(config: BlendConfig, scene: Scene) -> str:
-    """Tells whether a preview is of these settings."""
+    """Tells whether a preview is of these settings, and of the same versions of the files."""
     made = config.model_dump(exclude={"file"})
-    return hashlib.sha256(json.dumps([made, vars(scene)], sort_keys=True).encode()).hexdigest()[:16]
+    versions = [Path(use.source).stat().st_mtime_ns for use in config.adapters]
+    return hashlib.sha256(json.dumps([made, versions, vars(scene)], sort_keys=True).encode()).hexdigest()
 
 
 def preview(workspace: Workspace, config: BlendConfig, scene: Scene) -> list[Path]:
@@ -194,6 +196,15 @@ def save(workspace: Workspace, config: BlendConfig, scene: Scene, name: str, for
     return [jobs.submit(workspace, "blend", whole, name), jobs.submit(workspace, "draw", drawn, f"{name} alone")]
 
 
+def add_picture(made: Path, alone: Path) -> None:
+    """Puts what the saved file draws beside it in the library; nothing where it has a picture. Both are jobs."""
+    files, drawn = (found.files if (found := jobs.result(folder)) else [] for folder in (made, alone))
+    if files and drawn:
+        target = files[0].with_name(f"{files[0].name.removesuffix('.safetensors')}.png")
+        if not target.exists():
+            shutil.copyfile(drawn[0], target)
+
+
 def analyze(workspace: Workspace, config: BlendConfig) -> Path:
     """The job that says whether the adapters will fight."""
     asked = {"adapters": [use.model_dump() for use in config.adapters], "base": config.base}
@@ -204,7 +215,7 @@ def safe_name(name: str) -> str:
     """A file name without its ending, of what somebody typed or dropped: letters, digits, spaces and -_.()+ of any
     script. Raises ConfigError where nothing is left."""
     stem = Path(name.replace("\\", "/")).name.removesuffix(".safetensors")
-    cleaned = re.sub(r"[^\w\-.()+ ]+", "-", stem).strip(" .-")[:80].rstrip(" .")
+    cleaned = re.sub(r"[^\w\-.()+ ]+", "-", stem).strip(" .-")[:50].rstrip(" .")
     if not cleaned:
         raise ConfigError(f"'{name[:40]}' is no name for a file: use letters and digits")
     return cleaned

@@ -38,7 +38,11 @@ def check_html(found: dict[str, Any]) -> str:
     rows = "".join(_row(report) for report in reports.values())
     problem = next((report["problem"] for report in reports.values() if report["problem"]), "")
     builtin = found.get("base") == "builtin"
-    note = "It is for the built-in base, which other tools do not have: the names are what this compares." if builtin else ""
+    note = (
+        "It is for the built-in base, which other tools do not have: the names are what this compares."
+        if builtin
+        else ""
+    )
     head = "<tr><th>Tool</th><th>Keys used</th><th>Weights</th><th>Notes</th></tr>"
     return f'<table class="check">{head}{rows}</table><p>{escape(problem or note)}</p>'
 
@@ -47,7 +51,12 @@ def _row(report: dict[str, Any]) -> str:
     whole = not report["unused"] and report["error"] is not None and report["error"] <= 1e-3
     mark = "✓ loads" if whole else "✗ ignores it" if not report["used"] else "△ partly"
     notes = [*report["notes"], *(f"not used: {key}" for key in report["unused"][:2] if report["used"])]
-    cells = (f"{mark}: {report['consumer']}", f"{report['used']} of {report['total']}", _weights(report), "; ".join(notes))
+    cells = (
+        f"{mark}: {report['consumer']}",
+        f"{report['used']} of {report['total']}",
+        _weights(report),
+        "; ".join(notes),
+    )
     return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 

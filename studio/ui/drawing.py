@@ -20,7 +20,7 @@ from studio.jobs.draw import DrawConfig, DrawRequest
 from studio.runs import look
 from studio.settings import explain, load
 from studio.status import ACTIVE
-from studio.ui.adapters import adapters_of
+from studio.ui.adapters import adapters_of, find
 from studio.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -56,9 +56,12 @@ def bases(workspace: Workspace) -> list[str]:
 
 
 def blocks(workspace: Workspace, source: str) -> dict[str, str]:
-    """Pattern -> name of each block that an adapter changes, as the model runs. Raises as `read_adapter` does."""
-    place = workspace.inside(source)
-    return _blocks(place, Path(place).stat().st_mtime_ns if Path(place).exists() else 0)
+    """Pattern -> name of each block that an adapter changes, as the model runs.
+
+    Raises ConfigError for what is no adapter of the workspace, and as `read_adapter` does.
+    """
+    place = workspace.root / source if source in checkpoints(workspace) else find(workspace, source).path
+    return _blocks(str(place), place.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

@@ -41,9 +41,8 @@ def component(key: str, field: FieldInfo, value: Any) -> Any:
         return gr.Checkbox(value=bool(value), **common)
     if kind in (int, float) and optional:  # a Number that is shown for the first time makes 0 of None
         return gr.Textbox(_text(kind, value), placeholder="not set", max_lines=1, **common)
-    if kind in (int, float):
-        minimum, maximum = limit(field, "ge", "gt"), limit(field, "le", "lt")
-        return gr.Number(value, precision=0 if kind is int else None, minimum=minimum, maximum=maximum, **common)
+    if kind in (int, float):  # without bounds: the schema's message names the field, Gradio's does not
+        return gr.Number(value, precision=0 if kind is int else None, **common)
     if get_origin(kind) is list:
         return gr.Textbox(_text(kind, value), lines=2, **{**common, "info": f"{common['info']} One a line."})
     return gr.Textbox(_text(kind, value), **common)
@@ -89,11 +88,6 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `nested`."""
     return {f"{group}.{name}": value for group, inner in settings.items() for name, value in inner.items()}
-
-
-def limit(field: FieldInfo, *signs: str) -> float | None:
-    """The bound of a number's range that one of `signs` ("ge", "gt", ...) states."""
-    return next((getattr(rule, sign) for rule in field.metadata for sign in signs if hasattr(rule, sign)), None)
 
 
 def _text(kind: Any, value: Any) -> str:

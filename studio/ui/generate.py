@@ -46,28 +46,20 @@ class Screen:
 
     def __init__(self, context: Context) -> None:
         self.context, self.workspace = context, context.workspace
+        self._prompt()
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 self._settings()
-            with gr.Column(scale=6, min_width=320, elem_classes="sticky"):
+            with gr.Column(scale=6, min_width=320, elem_classes="beside"):
                 self._results()
         self._history()
-        browser = {"secret": "adapter-studio"}
-        self.draft = gr.BrowserState({}, storage_key="adapter-studio-generate", **browser)
-        self.watched = gr.BrowserState({}, storage_key="adapter-studio-generate-job", **browser)
         self.seen = gr.State(None)
+        self.ready = gr.State(False)  # fields change while a page opens, before they have what was typed last time
         self.timer = gr.Timer(0.7, active=False)
-        self._events()
 
     # -- layout -----------------------------------------------------------------------------------
 
-    def _settings(self) -> None:
-        def names_of_blocks(source: str) -> dict[str, str]:  # a method cannot be called from the page
-            try:
-                return drawing.blocks(self.workspace, source)
-            except StudioError:
-                return {}  # drawing with it says what is wrong
-
+    def _prompt(self) -> None:
         self.prompt = gr.Textbox(
             label="Prompt", lines=3, elem_id="generate-prompt", placeholder="a red fox in the snow",
             info="(word:1.2) weighs a word; <lora:name:0.8> names an adapter.",
@@ -76,6 +68,14 @@ class Screen:
         with gr.Row():
             self.draw = gr.Button("Draw", variant="primary", elem_id="generate-draw")
             self.compare = gr.Button("Compare with the base", elem_id="generate-compare")
+
+    def _settings(self) -> None:
+        def names_of_blocks(source: str) -> dict[str, str]:  # a method cannot be called from the page
+            try:
+                return drawing.blocks(self.workspace, source)
+            except StudioError:
+                return {}  # drawing with it says what is wrong
+
         gr.Markdown("### Adapters")
         self.adapters = gr.HTML(
             [], elem_id="generate-adapters", choices=choices(adapters_of(self.workspace)),
@@ -162,7 +162,12 @@ class Screen:
         numbers = [self.fields[key] for key in NUMBERS]
         return [self.base, self.adapters, self.prompt, self.negative, self.sampler, *numbers]
 
-    def _events(self) -> None:
+    def wire(self) -> None:
+        """What happens between the components, and what the browser keeps: outside of the tab, which is not there for
+        the browser before somebody opens it."""
+        browser = {"secret": "adapter-studio"}
+        self.draft = gr.BrowserState({}, storage_key="adapter-studio-generate", **browser)
+        self.watched = gr.BrowserState({}, storage_key="adapter-studio-generate-job", **browser)
         everything = [*self.scene, self.start]
         shown = [self.problem, self.watched, self.seen, self.timer, self.stop]
         live = [self.progress, self.result, self.slider, self.stop, self.timer, self.seen, self.history, self.older]
@@ -180,10 +185,11 @@ class Screen:
             self._pictures, self.most, [self.history, self.older], **QUIET
         )
         edits = [field.change for field in self.scene]
-        gr.on(edits, lambda *given: {"scene": list(given)}, self.scene, self.draft, **QUIET, trigger_mode="always_last")
+        typed = [self.ready, *self.scene]
+        gr.on(edits, self._on_edit, typed, self.draft, **QUIET, trigger_mode="always_last")
         page = self.context.page
         self.context.tabs.change(self._known, None, [self.adapters, self.base], **QUIET)
-        page.load(self._on_load, self.draft, self.scene, **QUIET)
+        page.load(self._on_load, self.draft, typed, **QUIET)
         page.load(self._on_tick, [self.watched, self.seen, self.most], live, **QUIET)
         page.load(self._pictures, self.most, [self.history, self.older], **QUIET)
 
@@ -316,18 +322,27 @@ class Screen:
         first = [told.base or gr.skip(), told.uses, values["prompt"], values["negative_prompt"]]
         return [*first, values.get("sampler", gr.skip()), *numbers, start]
 
+    def _on_edit(self, ready: bool, *scene: Any) -> Any:
+        return {"scene": list(scene)} if ready else gr.skip()
+
     def _on_load(self, draft: dict[str, Any] | None) -> list[Any]:
-        scene = (draft or {}).get("scene")
+        scene = (draft or {}).get("scene") or []
         known = choices(adapters_of(self.workspace))
-        if not scene or len(scene) != len(self.scene):
-            return [gr.HTML(choices=known) if field is self.adapters else gr.skip() for field in self.scene]
+        if len(scene) != len(self.scene):
+            return [True, *(gr.HTML(choices=known) if one is self.adapters else gr.skip() for one in self.scene)]
         pairs = zip(self.scene, scene, strict=True)
-        return [gr.HTML(value=value, choices=known) if field is self.adapters else value for field, value in pairs]
+        return [True, *(gr.HTML(value=value, choices=known) if one is self.adapters else value for one, value in pairs)]
 
 
 def build(context: Context) -> None:
     """The screen, inside its tab."""
     screen = Screen(context)
+    context.shared["generate.screen"] = screen
     context.shared["generate.adapters"] = screen.adapters
     context.shared["generate.base"] = screen.base
     context.shared["generate.prompt"] = screen.prompt
+
+
+def wire(context: Context) -> None:
+    """Events, when all tabs are built."""
+    context.shared["generate.screen"].wire()

@@ -128,7 +128,8 @@ table { border-collapse: separate; border-spacing: 4px; border: 0; margin: 0; }
 th { font-weight: 600; font-size: .85rem; text-align: left; max-width: 11rem; overflow-wrap: anywhere; padding: 2px 6px;
   color: var(--body-text-color); background: none; border: 0; }
 td { padding: 0; border: 0; background: var(--background-fill-secondary); }
-td img, td .waits { width: 128px; height: 128px; object-fit: contain; display: block; margin: 0; }
+td img, td .waits { width: 128px; height: 128px; max-width: none; margin: 0 !important; }
+td img { display: block; object-fit: contain; }
 td .waits { display: grid; place-items: center; color: var(--body-text-color-subdued); }
 """
 

@@ -31,12 +31,14 @@ element.addEventListener('click', event => {
 
 CSS = """
 .tile { display: flex; flex-direction: column; gap: 4px; padding: 6px; text-align: left; cursor: pointer;
+  font-weight: normal;
   color: var(--body-text-color); background: var(--block-background-fill); overflow-wrap: anywhere;
   border: 2px solid var(--border-color-primary); border-radius: 8px; }
 .tile:hover, .tile:focus-visible, .tile[aria-pressed="true"] { border-color: var(--color-accent); }
 .tile small { color: var(--body-text-color-subdued); }
 .blank { display: grid; place-items: center; aspect-ratio: 1; border-radius: 6px; font-size: .85rem;
   color: var(--body-text-color-subdued); background: var(--background-fill-secondary); }
+table.check { border: 0; }
 .thumbnail { max-width: 256px; width: 100%; border-radius: 8px; margin: 0 0 .6rem; }
 """
 
@@ -60,10 +62,12 @@ class Screen:
         with gr.Row():
             self.drop = gr.File(
                 label="Drop adapters here (.safetensors)", file_count="multiple", file_types=[".safetensors"],
-                height=110, elem_id="library-drop",
+                height=150, elem_id="library-drop",
             )  # fmt: skip
         self.note = gr.HTML(elem_id="library-note")
-        self.tiles = gr.HTML(tiles_html(context, known, ""), js_on_load=ON_CLICK, css_template=CSS, elem_id="library-tiles")
+        self.tiles = gr.HTML(
+            tiles_html(context, known, ""), js_on_load=ON_CLICK, css_template=CSS, elem_id="library-tiles"
+        )
         self.file = gr.Dropdown(
             [("none", ""), *choices(known)], value="", label="Adapter", elem_id="library-file",
             info="Choose one here or click its tile.",
@@ -89,7 +93,7 @@ class Screen:
                 self.description = gr.Textbox(label="Description", lines=3, elem_id="library-description")
                 self.licence = gr.Textbox(label="Licence", elem_id="library-licence", placeholder="CC-BY-4.0")
                 self.picture = gr.File(
-                    label="Thumbnail (a picture)", file_types=["image"], height=90, elem_id="library-thumbnail"
+                    label="Thumbnail (a picture)", file_types=["image"], height=140, elem_id="library-thumbnail"
                 )
                 self.write = gr.Button("Write into the file", elem_id="library-write")
                 with gr.Row():
@@ -98,7 +102,7 @@ class Screen:
                 self.delete = gr.Button("Delete", variant="stop", size="sm", elem_id="library-delete")
         with gr.Accordion("Where it loads", open=True, elem_id="library-loads"):
             self.check = gr.Button("Check all tools", elem_id="library-check")
-            self.loads = gr.HTML(elem_id="library-check-result")
+            self.loads = gr.HTML(css_template=CSS, elem_id="library-check-result")
 
     @property
     def fields(self) -> list[Any]:
@@ -114,7 +118,9 @@ class Screen:
         gr.on([self.context.page.load, self.context.tabs.change], self.lists, self.file, self.whole[1:4], **QUIET)
         self.tiles.click(self.on_tile, None, self.file, **QUIET)
         self.file.change(self.choose, self.file, self.whole, **QUIET)
-        self.drop.upload(self.take, [self.drop, self.file], [self.drop, *self.whole], **PRIVATE)
+        self.drop.upload(
+            self.take, [self.drop, self.file], [self.drop, *self.whole], **PRIVATE, show_progress_on=self.drop
+        )
         self.keep.click(self.on_keep, self.file, self.whole, **QUIET)
         self.write.click(self.on_write, [self.file, self.picture, *self.fields], self.whole, **QUIET)
         self.rename.click(self.on_rename, [self.file, self.name], self.whole, **QUIET)
@@ -201,8 +207,7 @@ class Screen:
 
     def on_undo(self, key: str) -> list[Any]:
         def undo() -> str:
-            last = [id for _, id in shelf.deleted(self.context.workspace)]
-            return shelf.restore(self.context.workspace, last[0] if last else "")
+            return shelf.restore(self.context.workspace, next(iter(shelf.deleted(self.context.workspace)), ""))
 
         return self._done(key, undo, "It is back.")
 
@@ -253,11 +258,9 @@ def _tile(context: Context, one: AdapterFile, chosen: bool) -> str:
 
 
 def picture_of(context: Context, one: AdapterFile) -> str:
-    """The address of an adapter's picture: its sidecar, its metadata's, or its run's sample; "" for none."""
-    beside = shelf.sidecar(context.workspace, one)
-    if one.thumbnail and (beside is None or not one.in_library):
-        return one.thumbnail
-    return context.url(beside, 256) if beside else ""
+    """The address of an adapter's picture: the one beside it, its run's sample, or its metadata's; "" for none."""
+    beside = shelf.picture(one)
+    return f"{context.url(beside, 256)}&v={beside.stat().st_mtime_ns}" if beside else one.thumbnail
 
 
 def facts_html(context: Context, one: AdapterFile) -> str:
@@ -276,5 +279,7 @@ def facts_html(context: Context, one: AdapterFile) -> str:
         "Place": one.key,
     }
     rows = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items() if value)
-    picture = f'<img class="thumbnail" src="{address}" alt="Picture of {escape(one.label, quote=True)}">' if address else ""
+    picture = (
+        f'<img class="thumbnail" src="{address}" alt="Picture of {escape(one.label, quote=True)}">' if address else ""
+    )
     return f'<h3>{escape(one.label)}</h3>{picture}<dl class="facts">{rows}</dl>{download_html(context, one.path)}'

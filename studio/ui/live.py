@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 POINTS = 500
 """Points of one curve at most: a browser redraws these ten times faster than it gets them."""
@@ -43,7 +44,7 @@ class Series:
         self.offset += whole
         for line in content[:whole].splitlines():
             with suppress(ValueError):
-                self._add(json.loads(line))
+                self._add(orjson.loads(line))  # five times as fast as json: a long run is one tick
         return whole > 0
 
     def _add(self, metrics: dict[str, Any]) -> None:

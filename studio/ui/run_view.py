@@ -115,7 +115,7 @@ def _at_work(row: Row, view: RunView) -> Words:
     status, control = view.status, row.folder / "control"
     if status.state == "stopping" or (control / "stop").exists():
         return Words("Stopping", _rungs(view.log_tail))
-    what = (status.message or "at work").capitalize()
+    what = (status.message or "starting").capitalize()
     parts = []
     if status.rate:
         rate = status.rate

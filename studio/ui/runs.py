@@ -6,6 +6,7 @@ Another screen opens a run here by its id in "runs.selected" of `context.shared`
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ class Screen:
         self.selected = gr.BrowserState("", storage_key="adapter-studio-run", **browser)
         self.kept = gr.BrowserState([], storage_key="adapter-studio-runs-compared", **browser)
         self.seen, self.seen_several = gr.State(Seen()), gr.State(Seen())
+        self.acted = gr.State(0.0)  # when a button was pressed last
         self.timer = gr.Timer(TICK_S)
         context.shared["runs.selected"] = self.selected
 
@@ -85,20 +87,20 @@ class Screen:
     def _one(self) -> None:
         self.state = gr.HTML(elem_id="runs-status", css_template=html.STATE_CSS)
         looks: dict[str, dict[str, Any]] = {
-            "stop": {"value": "Stop (saves first)", "variant": "stop"},
+            "stop": {"value": "Save and stop", "variant": "stop"},
             "save": {"value": "Save now"},
-            "sample": {"value": "Draw samples now"},
+            "sample": {"value": "Sample now"},
             "resume": {"value": "Resume", "variant": "primary"},
             "clone": {"value": "Run a copy"},
             "remove": {"value": "Remove from the queue", "variant": "stop"},
             "up": {"value": "Move up"},
-            "download": {"value": "Download the file", "link_target": "_blank"},
+            "download": {"value": "Download", "link_target": "_blank"},
             "generate": {"value": "Generate with it", "variant": "primary"},
             "blend": {"value": "Open in Blend"},
         }
         with gr.Row(elem_id="runs-buttons"):
             self.buttons = {
-                name: gr.Button(visible=False, size="md", min_width=130, elem_id=f"runs-{name}", **looks[name])
+                name: gr.Button(visible=False, size="md", min_width=140, elem_id=f"runs-{name}", **looks[name])
                 for name in NAMES
             }
         self.loss = gr.LinePlot(
@@ -124,20 +126,21 @@ class Screen:
     # -- events -----------------------------------------------------------------------------------
 
     def listen(self) -> None:
-        """What the page asks for, and what its buttons do."""
+        """What the page asks for, and what its buttons do.
+
+        Whatever makes the page look again is one event, of which one is under way at a time: answers that came in
+        another order than they were made would leave it with what another run had.
+        """
         live = [self.table, self.box, self.several, self.state, self.loss, self.samples, self.log]
-        one = [self.tick, [self.selected, self.seen], [*live, *self.buttons.values()]]
-        several = [
-            self.compare,
-            [self.kept, self.seen_several],
-            [self.choice, self.curves, self.pictures, self.differences],
-        ]
-        for look_again in (self.timer.tick, self.context.page.load):
-            look_again(*one, **QUIET)
-            look_again(*several, **QUIET)
-        self.selected.change(*one, **QUIET)
+        shown = [*live, *self.buttons.values()]
+        always = [self.timer.tick, self.context.page.load]
+        one = [*always, self.selected.change, self.acted.change]
+        gr.on(one, self.tick, [self.selected, self.seen], shown, **QUIET, trigger_mode="always_last")
+        several = [self.choice, self.curves, self.pictures, self.differences]
+        looks = [*always, self.kept.change]
+        gr.on(looks, self.compare, [self.kept, self.seen_several], several, **QUIET, trigger_mode="always_last")
         self.table.choose(self._on_choose, None, self.selected, **QUIET)
-        self.choice.input(lambda chosen: chosen, self.choice, self.kept, **QUIET).then(*several, **QUIET)
+        self.choice.input(lambda chosen: chosen, self.choice, self.kept, **QUIET)
         actions = {
             "stop": self._stop,
             "save": lambda folder: _ask(folder, "save", "A checkpoint is saved after this step."),
@@ -148,8 +151,7 @@ class Screen:
             "up": lambda folder: queue.up(self.workspace, folder.name),
         }
         for name, action in actions.items():
-            done = self.buttons[name].click(self._handler(action), self.seen, self.selected, **QUIET)
-            done.then(*one, **QUIET)
+            self.buttons[name].click(self._handler(action), self.seen, [self.selected, self.acted], **QUIET)
 
     def wire(self) -> None:
         """The buttons that open another screen, where it is there."""
@@ -218,7 +220,7 @@ class Screen:
 
     def compare(self, chosen: list[str] | None, seen: Seen) -> list[Any]:
         """What is new of the runs that are compared."""
-        known = {row.id: row for row in view.rows(self.workspace) if row.trains}
+        known = {row.id: row for row in view.rows(self.workspace) if row.trains and row.status.step}
         folders = [known[id].folder for id in chosen or [] if id in known]
         seen.open(folders)
         options = [(f"{row.title} ({row.id[:15]})", id) for id, row in known.items()]
@@ -242,28 +244,28 @@ class Screen:
 
     # -- acting -----------------------------------------------------------------------------------
 
-    def _handler(self, action: Callable[[Path], Any]) -> Callable[[Seen], str]:
+    def _handler(self, action: Callable[[Path], Any]) -> Callable[[Seen], list[Any]]:
         """Acts on the run that the page shows, whatever came first on the disk since; the page stays with it."""
 
-        def act(seen: Seen) -> str:
+        def act(seen: Seen) -> list[Any]:
             try:
                 action(seen.of)
             except StudioError as problem:
                 gr.Warning(str(problem))
-            return seen.of.name
+            return [seen.of.name, time.time()]
 
         return act
 
     def _stop(self, folder: Path) -> None:
         jobs.stop(folder)
-        gr.Info("It finishes its step, saves and stops. If it does not answer in two minutes, it is made to.")
+        _tell("It finishes its step, saves and stops. If it does not answer in two minutes, it is made to.")
 
     def _resume(self, folder: Path) -> None:
         jobs.resume(self.workspace, folder)
 
     def _clone(self, folder: Path) -> None:
         made = view.clone(self.workspace, folder)
-        gr.Info(f"A new run with the same settings is in the queue: {made.name}")
+        _tell(f"A new run with the same settings is in the queue: {made.name}")
 
     def _remove(self, folder: Path) -> None:
         if not queue.cancel(self.workspace, folder.name):
@@ -296,9 +298,13 @@ class Screen:
         return [*rows, gr.Tabs(selected="blend")]
 
 
+def _tell(text: str) -> None:
+    gr.Info(text, duration=5)
+
+
 def _ask(folder: Path, request: str, told: str) -> None:
     (folder / "control" / request).touch()
-    gr.Info(told)
+    _tell(told)
 
 
 def _plot(points: list[view.Point]) -> Any:

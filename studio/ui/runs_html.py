@@ -9,7 +9,7 @@ from typing import Any
 
 from studio.runs import RunView
 from studio.ui.context import Context, empty
-from studio.ui.run_view import ENDED_EARLY, Row, Samples, Words
+from studio.ui.run_view import Row, Samples, Words
 from studio.units import duration
 
 THUMBNAIL = 256  # pixels
@@ -19,7 +19,7 @@ EMPTY = empty(
 )
 TABLE_CSS = """
 div { max-height: 19rem; overflow: auto; border: 1px solid var(--border-color-primary); border-radius: 8px; }
-table { display: table !important; width: 100%; border-collapse: collapse; margin: 0; font-size: .9rem; }
+table { display: table !important; width: 100%; border: 0; border-collapse: collapse; margin: 0; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .6rem; border: 0; border-bottom: 1px solid var(--border-color-primary);
   white-space: nowrap; color: var(--body-text-color); }
 th { position: sticky; top: 0; background: var(--background-fill-secondary); z-index: 1; }
@@ -47,13 +47,13 @@ pre.log { display: flex; flex-direction: column-reverse; max-height: 8rem; margi
 """
 SAMPLES_CSS = """
 div { overflow-x: auto; }
-table { display: table !important; width: auto; border-collapse: collapse; margin: 0; }
+table { display: table !important; width: auto; border: 0; border-collapse: collapse; margin: 0; }
 th, td { border: 0; padding: 2px 8px 2px 0; text-align: left; font-weight: 400; font-size: .85rem; vertical-align: top;
   color: var(--body-text-color); }
 th[colspan] { font-weight: 600; padding-top: .5rem; }
 th[colspan] span { position: sticky; left: 0; }
 tr, thead { border: 0; }
-img { width: 128px; height: 128px; margin: 0; object-fit: contain; border-radius: 6px;
+img { display: block; width: 128px; height: 128px; margin: 0 !important; object-fit: contain; border-radius: 6px;
   background: var(--background-fill-secondary); }
 @media (max-width: 600px) { img { width: 88px; height: 88px; } }
 """
@@ -118,12 +118,12 @@ def _words(row: Row, words: Words, log: Sequence[str]) -> str:
     state = row.status.state
     detail = escape(words.detail).replace("\n", "<br>")
     head = f'<p id="runs-state" data-state="{state}"><b>{words.headline}</b>{": " if detail else ""}{detail}</p>'
-    if state not in ENDED_EARLY:
-        return f'<div class="good">{head}</div>' if state == "finished" else head
+    next_step = f'<p id="runs-next">{escape(words.next_step)}</p>' if words.next_step else ""
+    if state not in ("failed", "crashed"):
+        return f'<div class="{"good" if state == "finished" else ""}">{head}{next_step}</div>'
     lines = escape("\n".join(log[-10:]))
-    ends_badly = state in ("failed", "crashed") and log
-    told = f'<pre class="log" aria-label="End of the log" tabindex="0">{lines}</pre>' if ends_badly else ""
-    return f'<div class="problem">{head}{told}<p id="runs-next">{escape(words.next_step)}</p></div>'
+    told = f'<pre class="log" aria-label="End of the log" tabindex="0">{lines}</pre>' if lines else ""
+    return f'<div class="problem">{head}{told}{next_step}</div>'
 
 
 def _rate(name: str, value: float) -> str:

@@ -66,7 +66,7 @@ class Sources:
                 max_length=60,
             )
         self.upload = gr.File(
-            label="Drop pictures here, with .txt captions of the same names if there are any",
+            label="Pictures, and .txt captions of the same names",
             file_count="multiple",
             elem_id="train-upload",
             height=150,

@@ -52,9 +52,9 @@ GOALS = {
     ),
 }
 BASES = {
-    "Built-in: 64 pixels, no download, minutes without a GPU": "builtin",
-    "Stable Diffusion 1.5: 512 pixels, wants a GPU": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "SDXL: 1024 pixels, wants a GPU with 12 GB": "stabilityai/stable-diffusion-xl-base-1.0",
+    "Built-in: 64 pixels, needs no GPU": "builtin",
+    "Stable Diffusion 1.5: 512 pixels": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "SDXL: 1024 pixels, 12 GB of GPU": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 """What the user reads -> `model.source`; any other hub id, folder or file can be typed."""
 
@@ -150,7 +150,7 @@ def make_config(values: Mapping[str, Any], dataset: Path, name: str, runs: Path)
 def difference_html(changed: Mapping[str, tuple[Any, Any]], preset: str) -> str:
     """What differs from the preset, as a line."""
     if not changed:
-        return f"<p>As in the preset <b>{preset}</b>.</p>"
+        return f"<p>As in the preset <b>{preset}</b>. {escape(preset_advice(preset))}</p>"
     words = [f"{label(key)} <b>{_word(new)}</b> (preset: {_word(old)})" for key, (new, old) in changed.items()]
     return f"<p>Different from the preset <b>{preset}</b>: {'; '.join(words)}.</p>"
 
