@@ -71,7 +71,7 @@ class DataConfig(Group):
     folder: Annotated[str, AfterValidator(absolute)] = ""
     """Folder of pictures and captions; the built-in base has the demo dataset as its default."""
     resolution: int = Field(512, ge=16, le=4096, multiple_of=8)
-    """Picture size in pixels: each bucket has about resolution x resolution of them; memory and time grow with these."""
+    """Picture size in pixels: each bucket has about resolution x resolution of them; memory and time grow so."""
     bucket_step: int = Field(64, ge=8, le=512, multiple_of=8)
     """Bucket widths and heights are multiples of this many pixels."""
     max_aspect: float = Field(2.0, ge=1, le=8)

@@ -252,8 +252,8 @@ class Bench:
 
     def on_use(self, draft: dict[str, Any], *keys: str) -> list[Any]:
         """The suggested strengths, each at the adapter that it is for."""
-        (folder,) = self.folders(draft, "analysis") or [None]
-        made = jobs.result(folder) if folder else None
+        folders = self.folders(draft, "analysis")
+        made = jobs.result(folders[0]) if folders else None
         new = dict(zip(made.facts["names"], made.facts["suggested"], strict=True)) if made else {}
         names = [Path(key or "").name.removesuffix(".safetensors") for key in keys]
         return [round(new[name], 2) if name in new else gr.skip() for name in names]

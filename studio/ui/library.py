@@ -252,7 +252,8 @@ def _tile(context: Context, one: AdapterFile, chosen: bool) -> str:
     picture = f'<img src="{address}" alt="" loading="lazy">' if address else '<span class="blank">no picture</span>'
     facts = f"<small>{escape(one.facts or 'unknown kind')}</small>"
     return (
-        f'<button type="button" class="tile" data-key="{escape(one.key, quote=True)}" aria-pressed="{str(chosen).lower()}">'
+        f'<button type="button" class="tile" data-key="{escape(one.key, quote=True)}" '
+        f'aria-pressed="{str(chosen).lower()}">'
         f"{picture}<b>{escape(one.label)}</b>{facts}</button>"
     )
 

@@ -17,7 +17,7 @@ MAX_UPLOAD = "2gb"
 
 
 def create_app(workspace: Workspace, auth: str = "") -> FastAPI:
-    """The whole app as ASGI. `auth` is "user:password"; without it, everybody who reaches the port may do everything."""
+    """The whole app as ASGI. `auth` is "user:password"; without it, who reaches the port may do everything."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
     os.environ.setdefault("GRADIO_TEMP_DIR", str(workspace.uploads))
     import gradio as gr

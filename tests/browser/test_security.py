@@ -68,7 +68,9 @@ def hide_secrets(home: Path) -> list[str]:
 def attempts(home: Path, secrets: list[str]) -> list[str]:
     """Paths that try to come by a secret, on every route of files."""
     targets = ("secret.txt", "../secret.txt", "secret.json", "queue/secret.json", "etc/passwd")
-    found = [f"{route}{up * depth}{target}" for route in ROUTES for up in UPS for depth in (1, 2, 6) for target in targets]
+    found = [
+        f"{route}{up * depth}{target}" for route in ROUTES for up in UPS for depth in (1, 2, 6) for target in targets
+    ]
     found += [f"{route}{secret}" for route in ROUTES for secret in (*secrets, "/etc/passwd", "//etc/passwd")]
     found += [f"{route}{home}/library/{link}" for route in ROUTES for link in ("link.txt", "folder/secret.txt")]
     found += ["files/library/link.txt", "files/library/folder/secret.txt", "files/runs/.hidden/secret.txt"]
@@ -103,8 +105,10 @@ def test_no_name_of_an_upload_leads_outside(serve: Callable[..., AppServer], tmp
 
 def test_without_the_password_there_is_nothing(serve: Callable[..., AppServer]) -> None:
     server = serve("--auth", "somebody:a long password")
-    paths = ("", "config", "files/runs/a.txt", "gradio_api/info", "gradio_api/queue/data", "gradio_api/file=/etc/passwd",
-             "api/v1/jobs", "api/docs", "api/openapi.json", "theme.css", "static/img/logo.svg", UPLOADED)  # fmt: skip
+    paths = [
+        *("", "config", "files/runs/a.txt", "gradio_api/info", "gradio_api/queue/data", "gradio_api/file=/etc/passwd"),
+        *("api/v1/jobs", "api/docs", "api/openapi.json", "theme.css", "static/img/logo.svg", UPLOADED),
+    ]
     right, wrong = (base64.b64encode(f"somebody:{word}".encode()).decode() for word in ("a long password", "a guess"))
     for path in paths:
         assert get(server, path)[0] == 401, path
