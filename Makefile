@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: install demo test check
+.PHONY: install demo test browser check
 
 install: .venv/installed
 
@@ -13,6 +13,9 @@ demo: install
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest
+
+browser: .venv/installed-test
+	$(BIN)/python -m pytest -o addopts= -q tests/browser
 
 check: .venv/installed-test
 	$(BIN)/ruff check .

@@ -95,7 +95,7 @@ def test_a_recipe_has_the_methods_own_settings_alone(workspace: Workspace) -> No
 
 
 def test_methods_that_need_the_base_get_it(workspace: Workspace) -> None:
-    plan = AdapterPlan(("attention",), "lokr", AdapterConfig(rank=2, alpha=1.0))
+    plan = AdapterPlan(("attention",), config=AdapterConfig(method="lokr", rank=2, alpha=1.0))
     family, _, adapters = tiny.random_adapter("sd15", plan)
     write_adapter(tiny.state_of(family, adapters), workspace.library / "kron.safetensors")
     rows = [ROWS[0], ("library/kron.safetensors", 1.0, "")]

@@ -65,7 +65,8 @@ class Bench:
                 self.use = gr.Button("Use these strengths", visible=False, elem_id="blend-use-suggested")
         self.draft = gr.BrowserState({}, storage_key="adapter-studio-blend", secret="adapter-studio", render=False)
         self._previews: dict[str, list[str]] = {}  # digest -> jobs, of whoever asked
-        self.timer = gr.Timer(0.5, active=False)
+        self.seen = gr.State("")
+        self.timer = gr.Timer(0.7)
 
     def _adapters(self) -> None:
         known = choices(adapters_of(self.context.workspace))
@@ -115,6 +116,7 @@ class Bench:
     def _preview(self) -> None:
         self.picture = gr.HTML(html.EMPTY_PREVIEW, css_template=html.CSS, elem_id="blend-preview")
         self.status = gr.HTML(elem_id="blend-status")
+        self.problem = gr.HTML(elem_id="blend-problem")
         self.prompt = gr.Textbox(label="Prompt", value="a red fox in the snow", elem_id="blend-prompt")
         with gr.Row():
             self.go = gr.Button("Preview", variant="primary", elem_id="blend-preview-go")
@@ -157,21 +159,21 @@ class Bench:
     @property
     def screen(self) -> list[Any]:
         """What the jobs change."""
-        return [self.picture, self.status, self.analysis, self.use, self.saved, self.timer]
+        return [self.seen, self.picture, self.status, self.analysis, self.use, self.saved]
 
     def listen(self) -> None:
         """Connects the components."""
         load, choose = self.context.page.load, self.context.tabs.change
         gr.on([load, choose], self.lists, None, [self.empty, *self.adapters], **QUIET)
         restored = load(self.restore, self.draft, [*self.recipe, *self.boxes], **QUIET)
-        restored.then(self.tick, self.draft, self.screen, **QUIET)
+        restored.then(self.tick, [self.draft, self.seen], self.screen, **QUIET)
         self.more.click(self.add_row, self.adapters, self.boxes, **QUIET)
         self.method.change(self.show_settings, self.method, [self.method, *self.settings.values()], **QUIET)
         self.cut.change(
             lambda cut: [gr.update(visible=cut == "rank"), gr.update(visible=cut == "energy")],
             self.cut, [self.rank, self.energy], **QUIET,
         )  # fmt: skip
-        jobs_of = [self.draft, *self.screen]
+        jobs_of = [self.draft, self.problem, *self.screen]
         self.go.click(self.on_preview, [self.draft, *self.recipe], jobs_of, **QUIET)
         self.compare.click(self.on_compare, [self.draft, *self.recipe], jobs_of, **QUIET)
         self.save.click(
@@ -187,7 +189,7 @@ class Bench:
         changes += [one.input for one in others if one not in typed]
         follow = [self.draft, self.live, *self.recipe]
         gr.on(changes, self.follow, follow, jobs_of, **QUIET, trigger_mode="always_last")
-        self.timer.tick(self.tick, self.draft, self.screen, **QUIET, concurrency_limit=None)
+        self.timer.tick(self.tick, [self.draft, self.seen], self.screen, **QUIET, concurrency_limit=None)
 
     def lists(self) -> list[Any]:
         """The adapters that there are now."""
@@ -231,7 +233,7 @@ class Bench:
     def follow(self, draft: dict[str, Any], live: bool, *values: Any) -> list[Any]:
         """Previews after a change, where there is something to preview and it is another thing."""
         if not live or len([key for key in values[:ROWS] if key]) < 2:
-            return [{**draft, "values": list(values)}, *[gr.skip()] * len(self.screen)]
+            return [{**draft, "values": list(values)}, "", *[gr.skip()] * len(self.screen)]
         return self.on_preview(draft, *values)
 
     def on_compare(self, draft: dict[str, Any], *values: Any) -> list[Any]:
@@ -258,21 +260,24 @@ class Bench:
         names = [Path(key or "").name.removesuffix(".safetensors") for key in keys]
         return [round(new[name], 2) if name in new else gr.skip() for name in names]
 
-    def tick(self, draft: dict[str, Any] | None) -> list[Any]:
-        """What the jobs have come to."""
+    def tick(self, draft: dict[str, Any] | None, seen: str = "") -> list[Any]:
+        """What the jobs have come to; nothing where the screen shows it, as `seen` says.
+
+        The timer goes on for as long as the page does: a tick that was under way when jobs started cannot stop it.
+        """
         draft = draft or {}
-        shown, under_way = {}, False
-        for what in ("preview", "analysis", "save"):
-            shown[what] = html.views(self.folders(draft, what))
-            under_way |= any(not html.ended(view) for view in shown[what])
+        shown = {what: html.views(self.folders(draft, what)) for what in ("preview", "analysis", "save")}
+        now = repr([(view.id, view.status.state, view.status.step) for views in shown.values() for view in views])
+        if now == seen:
+            return [gr.skip()] * len(self.screen)
         drawn = [view.folder for view in shown["preview"][-1:] if view.status.state == "finished"]
         picture = html.picture_html(self.context, drawn[0], "Preview of the blend") if drawn else ""
         return [
+            now,
             picture or gr.skip(),
             html.progress_html(shown["preview"]),
             *self._analysis(shown["analysis"]),
             self._saved(draft, shown["save"]),
-            gr.Timer(active=under_way),
         ]
 
     # -- behind ------------------------------------------------------------------------------
@@ -293,8 +298,8 @@ class Bench:
         try:
             do(draft, *self.read(values))
         except StudioError as problem:
-            return [draft, gr.skip(), html.problem_html(problem), *[gr.skip()] * (len(self.screen) - 2)]
-        return [draft, *self.tick(draft)]
+            return [draft, html.problem_html(problem), *[gr.skip()] * len(self.screen)]
+        return [draft, "", *self.tick(draft)]
 
     def _previewed(self, draft: dict[str, Any], config: BlendConfig, scene: Scene) -> None:
         """Draws a preview, unless one of the same was asked for: a list may say twice that it changed."""

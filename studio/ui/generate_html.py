@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from studio.jobs.draw import DrawRequest
 from studio.ui.context import Context, empty, tiles
 from studio.ui.drawing import View
 
@@ -50,7 +51,7 @@ ADAPTERS_TEMPLATE = r"""
 <button class="add" id="generate-add">Add an adapter</button>
 """
 ADAPTERS_CSS = """
-.uses { display: grid; gap: 8px; }
+.uses { display: grid; grid-template-columns: minmax(0, 1fr); gap: 8px; }
 article { padding: 8px 10px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 .line { display: flex; gap: 8px; align-items: center; margin-bottom: 6px; }
 select { flex: 1; min-width: 0; }
@@ -128,6 +129,7 @@ table { border-collapse: separate; border-spacing: 4px; border: 0; margin: 0; }
 th { font-weight: 600; font-size: .85rem; text-align: left; max-width: 11rem; overflow-wrap: anywhere; padding: 2px 6px;
   color: var(--body-text-color); background: none; border: 0; }
 td { padding: 0; border: 0; background: var(--background-fill-secondary); }
+td a { display: block; }
 td img, td .waits { width: 128px; height: 128px; max-width: none; margin: 0 !important; }
 td img { display: block; object-fit: contain; }
 td .waits { display: grid; place-items: center; color: var(--body-text-color-subdued); }
@@ -136,12 +138,17 @@ td .waits { display: grid; place-items: center; color: var(--body-text-color-sub
 
 def pictures_html(context: Context, view: View) -> str:
     """The pictures of a job that are there."""
+    differ = any(asked.adapters for asked in view.requests)
     shown = [
-        (context.url(file, THUMBNAIL), context.url(file), f"seed {asked.seed}")
+        (context.url(file, THUMBNAIL), context.url(file), f"seed {asked.seed}{_without(asked, differ)}")
         for file, asked in zip(view.pictures, view.requests, strict=True)
         if file
     ]
     return tiles(shown) if shown else ""
+
+
+def _without(asked: DrawRequest, differ: bool) -> str:
+    return ", the base alone" if differ and not asked.adapters else ""
 
 
 def grid_html(context: Context, view: View, rows: Sequence[str], columns: Sequence[str]) -> str:

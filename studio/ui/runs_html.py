@@ -61,7 +61,8 @@ COLUMNS_CSS = """
 div { overflow-x: auto; }
 table { display: table !important; border-collapse: collapse; margin: 0; }
 th, td { text-align: left; padding: .3rem .6rem; border: 1px solid var(--border-color-primary); font-size: .9rem;
-  color: var(--body-text-color); overflow-wrap: anywhere; }
+  color: var(--body-text-color); overflow-wrap: normal; min-width: 6rem; }
+th[scope=row] { white-space: nowrap; }
 """
 
 

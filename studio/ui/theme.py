@@ -14,9 +14,10 @@ CSS = """
 .empty h3 { margin: 0 0 .4rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); gap: 10px; }
 .tiles figure { margin: 0; }
+.tiles figure a { display: block; }
 .tiles img { width: 100%; margin: 0 !important; aspect-ratio: 1; object-fit: contain; border-radius: 6px;
   background: var(--background-fill-secondary); }
-.tiles figcaption { font-size: .85rem; overflow-wrap: anywhere; color: var(--body-text-color); }
+.tiles figcaption { margin: 4px 0 0; font-size: .85rem; overflow-wrap: anywhere; color: var(--body-text-color); }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .9rem; margin: 0; }
 .facts dt { color: var(--body-text-color-subdued); }
 .facts dd { margin: 0; overflow-wrap: anywhere; }

@@ -25,7 +25,12 @@ JOB_MS = 90_000
 
 
 def open_tab(page: Any, name: str) -> None:
-    page.locator(f"#tab-{name}-button").click()
+    button = page.locator(f"#tab-{name}-button:visible")
+    page.locator("#tab-train-button").wait_for()
+    if not button.count():  # on a phone the last ones are in a menu
+        page.locator("#tabs .overflow-menu > button").first.click()
+        button = page.locator("#tabs .overflow-dropdown button", has_text=name.capitalize())
+    button.first.click()
     page.locator(f"#tab-{name}").wait_for()
 
 
