@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_methods_that_need_the_base_get_it(workspace: Workspace) -> None:
     write_adapter(tiny.state_of(family, adapters), workspace.library / "kron.safetensors")
     rows = [ROWS[0], ("library/kron.safetensors", 1.0, "")]
     assert recipe(workspace, rows, "linear", {}, model="builtin").base == "builtin"
+
+
+def test_the_base_is_the_adapters_own_where_it_is_at_hand(workspace: Workspace, tmp_path: Path) -> None:
+    ink = find(workspace, INK)
+    silent, builtin, far = (replace(ink, source=source) for source in ("", "builtin", "someone/base"))
+    here = replace(ink, source=str(tmp_path))
+    assert blending.base_of([far, silent, builtin, here], "") == "builtin"
+    assert blending.base_of([here, builtin], "") == str(tmp_path)
+    assert blending.base_of([builtin], " other/base ") == "other/base"
+    for adapters, said in (([silent], "do not say"), ([far], "someone/base, which is not here")):
+        with pytest.raises(ConfigError, match=said):
+            blending.base_of(adapters, "")
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,9 @@ def test_a_runs_file_is_kept_before_it_is_changed(workspace: Workspace, file: Pa
     (run / "fox.safetensors").write_bytes(file.read_bytes())
     jobs.save_result(run, jobs.Result([run / "fox.safetensors"]))
     key = "runs/20260101-120000-fox/fox.safetensors"
-    for change in (shelf.edit, shelf.rename):
+    for change in (lambda: shelf.edit(workspace, key, {}), lambda: shelf.rename(workspace, key, "name")):
         with pytest.raises(ConfigError, match="belongs to its run"):
-            change(workspace, key, {} if change is shelf.edit else "name")  # type: ignore[operator]
+            change()
     with pytest.raises(ConfigError, match="belongs to its run"):
         shelf.delete(workspace, key)
     kept = shelf.keep(workspace, key)

@@ -63,7 +63,7 @@ class AdapterFile:
 
 def adapters_of(workspace: Workspace) -> list[AdapterFile]:
     """The adapters of the library, by name, and then those that runs made, the newest first."""
-    library = sorted(workspace.library.glob("[!.]*"), key=lambda path: path.name.lower())
+    library = sorted(workspace.library.glob("[!.]*"), key=lambda path: path.name.removesuffix(".safetensors").lower())
     found = [(path, path.name.removesuffix(".safetensors")) for path in library]
     for folder in sorted(workspace.runs.glob("[!.]*"), reverse=True):
         if read_status(folder).state == "finished" and (made := jobs.result(folder)) and made.files:
@@ -122,7 +122,7 @@ def _facts(weights: Path, size: int, changed_ns: int) -> dict[str, Any]:
     trained = _json(_json(metadata.get("studio.config")).get("model"))
     return {
         "base": _BASES.get(version, version) or metadata.get("modelspec.architecture", "").partition("/")[0],
-        "source": str(trained.get("source", "")),
+        "source": str(trained.get("source") or metadata.get("ss_sd_model_name", "")),  # a blend has but the latter
         "method": _method(metadata),
         "rank": _known(metadata.get("ss_network_dim", "")),
         "title": metadata.get("modelspec.title", ""),

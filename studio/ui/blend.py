@@ -15,9 +15,9 @@ from studio.errors import StudioError
 from studio.jobs.blend import BlendConfig
 from studio.ui import api
 from studio.ui import blend_html as html
-from studio.ui.adapters import adapters_of, choices
+from studio.ui.adapters import adapters_of, choices, find
 from studio.ui.blend_tools import Tools
-from studio.ui.blending import METHODS, SETTINGS, Scene, add_picture, analyze, digest, preview, recipe, save
+from studio.ui.blending import METHODS, SETTINGS, Scene, add_picture, analyze, base_of, digest, preview, recipe, save
 from studio.ui.context import PRIVATE, Context, empty
 
 TITLE = "Blend"
@@ -123,8 +123,8 @@ class Bench:
             self.live = gr.Checkbox(True, label="Follow every change", elem_id="blend-live")
         with gr.Accordion("How the preview is drawn", open=False, elem_id="blend-scene"):
             self.model = gr.Textbox(
-                label="Base", value="builtin", elem_id="blend-model",
-                info="builtin, a diffusers folder, a .safetensors checkpoint or a hub id: what the adapters are for.",
+                label="Base", placeholder="the one that the adapters were trained on", elem_id="blend-model",
+                info="builtin, a diffusers folder, a .safetensors checkpoint or a hub id; empty: the adapters' own.",
             )  # fmt: skip
             self.seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="blend-seed")
             self.steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id="blend-steps")
@@ -223,7 +223,9 @@ class Bench:
         settings = dict(zip(SETTINGS, rest, strict=False))
         cut, rank, energy, model, prompt, seed, steps, guidance = rest[len(SETTINGS) :]
         amount = {"rank": int(rank)} if cut == "rank" else {"energy": energy} if cut == "energy" else {}
-        scene = Scene(model or "builtin", prompt or "", int(seed or 0), int(steps), guidance)
+        chosen = [find(self.context.workspace, key) for key in keys if key]
+        base = base_of(chosen, model or "") if chosen else ""
+        scene = Scene(base, prompt or "", int(seed or 0), int(steps), guidance)
         rows = list(zip(keys, strengths, blocks, strict=True))
         return recipe(self.context.workspace, rows, method, settings, amount, scene.model), scene
 

@@ -106,9 +106,14 @@ class Tools:
             options += ["--rank", str(int(rank))] if bake == "lora" else []
             options += ["--base", base.strip()] if bake and base.strip() else []
             made = answer("convert", one.path, "--to", layout, "-o", target, *options)
-            error = f" It is at most {made['largest_error']:.1e} off." if made.get("largest_error") else " It is exact."
+            if not bake:
+                exact = "Its numbers are the same."
+            elif error := made["largest_error"]:
+                exact = f"It is off by {error:.1e} of what a layer changes, at most."
+            else:
+                exact = "It is exact."
             file = Path(made["file"])
-            return html.good_html(f"{file.name} is in the library.{error}") + html.download_html(self.context, file)
+            return html.good_html(f"{file.name} is in the library. {exact}") + html.download_html(self.context, file)
 
         return _told(do)
 

@@ -158,6 +158,21 @@ def recipe(
     return checked(BlendConfig, config)
 
 
+def base_of(adapters: Sequence[AdapterFile], given: str) -> str:
+    """The base to draw with: the given one, or the first that an adapter says it was trained on, where it is at hand.
+
+    Raises ConfigError where there is none: what a file names is not fetched from anywhere unasked.
+    """
+    if given.strip():
+        return given.strip()
+    sources = list(filter(None, (one.source for one in adapters)))
+    for source in sources:
+        if source == "builtin" or (Path(source).is_absolute() and Path(source).exists()):
+            return source
+    where = f"the adapters name {sources[0]}, which is not here" if sources else "the adapters do not say"
+    raise ConfigError(f"which base are they for? Name it under “How the preview is drawn”: {where}")
+
+
 def base_for(adapters: Sequence[AdapterFile], model: str) -> str:
     """The base, where an adapter's file alone does not tell what it changes; "" where all are LoRA."""
     return "" if all(one.method == "lora" for one in adapters) else model

@@ -116,8 +116,8 @@ class Screen:
 
     def _listen(self) -> None:
         gr.on([self.context.page.load, self.context.tabs.change], self.lists, self.file, self.whole[1:4], **QUIET)
-        self.tiles.click(self.on_tile, None, self.file, **QUIET)
-        self.file.change(self.choose, self.file, self.whole, **QUIET)
+        self.tiles.click(self.on_tile, None, self.whole, **QUIET)
+        self.file.input(self.choose, self.file, self.whole, **QUIET)
         self.drop.upload(
             self.take, [self.drop, self.file], [self.drop, *self.whole], **PRIVATE, show_progress_on=self.drop
         )
@@ -148,8 +148,8 @@ class Screen:
             gr.update(visible=bool(shelf.deleted(self.context.workspace))),
         ]
 
-    def on_tile(self, event: gr.EventData) -> Any:
-        return gr.update(value=str(event.key))
+    def on_tile(self, event: gr.EventData) -> list[Any]:
+        return self.choose(str(event.key))
 
     def choose(self, key: str, note: str = "") -> list[Any]:
         """The chosen adapter's details."""

@@ -27,6 +27,8 @@ CSS = """
 .good { border-left: 4px solid #15803d; padding: .4rem .8rem; }
 pre.log { max-height: 16rem; overflow: auto; white-space: pre-wrap; overflow-wrap: anywhere; font-size: .8rem; }
 table { display: block; overflow-x: auto; max-width: 100%; }
+button[role=tab].selected { color: var(--primary-700) !important; }
+.dark button[role=tab].selected { color: var(--primary-300) !important; }
 @media (min-width: 900px) { .beside { position: sticky; top: 12px; align-self: flex-start; } }
 @media (max-width: 600px) { .tiles { grid-template-columns: repeat(2, 1fr); } .beside { order: -1; } }
 """

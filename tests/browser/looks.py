@@ -64,7 +64,8 @@ FAINT = """() => {
     const text = walker.currentNode.data.trim(), one = walker.currentNode.parentElement;
     if (text && one && !['SCRIPT', 'STYLE', 'OPTION', 'NOSCRIPT'].includes(one.tagName)) look(one, text);
   }
-  document.querySelectorAll('input, textarea, select').forEach((one) => one.value && look(one, String(one.value)));
+  const boxes = 'input:not([type=radio], [type=checkbox], [type=range], [type=file]), textarea, select';
+  document.querySelectorAll(boxes).forEach((one) => one.value && look(one, String(one.value)));
   return [...found.values()];
 }"""
 

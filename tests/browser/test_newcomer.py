@@ -58,7 +58,8 @@ def test_an_empty_app_can_be_read_and_says_what_to_do(
     serve: Callable[..., AppServer], page: Any, theme: str, width: int
 ) -> None:
     server = serve()
-    assert not every_screen(page, server.url, theme, width, f"empty-{theme}-{width}")
+    found = every_screen(page, server.url, theme, width, f"empty-{theme}-{width}")
+    assert not found, "\n".join(found)
     for tab, place in EMPTY.items():
         open_tab(page, tab)
         assert page.locator(f"{place} .empty p").is_visible(), tab
