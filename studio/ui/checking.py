@@ -38,11 +38,7 @@ def check_html(found: dict[str, Any]) -> str:
     rows = "".join(_row(report) for report in reports.values())
     problem = next((report["problem"] for report in reports.values() if report["problem"]), "")
     builtin = found.get("base") == "builtin"
-    note = (
-        "It is for the built-in base, which other tools do not have: the names are what this compares."
-        if builtin
-        else ""
-    )
+    note = "Checked on the built-in base, which other tools do not have." if builtin else ""
     head = "<tr><th>Tool</th><th>Keys used</th><th>Weights</th><th>Notes</th></tr>"
     return f'<table class="check">{head}{rows}</table><p>{escape(problem or note)}</p>'
 

