@@ -20,6 +20,7 @@ from studio.runs import look
 T = TypeVar("T")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = {
+    "data": {"resolution": 64, "bucket_step": 8},
     "train": {"steps": 12, "batch_size": 2, "checkpoint_every": 2, "sample_every": 1000},
     "adapter": {"rank": 4, "targets": ["attention"]},
     "samples": {"prompts": ["a red circle"], "steps": 2},

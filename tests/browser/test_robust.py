@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from studio.runs import look
 
-LONG = 2000  # steps that nobody waits for
+LONG = 20_000  # steps that nobody waits for
 SHOWN_S = 10.0  # 3 s on a machine that does nothing else
 
 
@@ -81,7 +81,16 @@ def test_a_run_of_the_terminal_is_live_in_the_app_and_the_app_s_in_the_terminal(
 ) -> None:
     server = serve()
     open_runs(page, server)
-    settings = ("--steps", str(LONG), "--set", "train.batch_size=2", "--set", "train.sample_every=1000")
+    settings = (
+        "--steps",
+        str(LONG),
+        "--set",
+        "train.batch_size=2",
+        "--set",
+        "train.sample_every=1000",
+        "--set",
+        "data.resolution=64",
+    )
     runs = server.workspace / "runs"
     command = studio("train-sd", "--name", "terminal", "--output-dir", runs, *settings)
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
