@@ -49,6 +49,7 @@ def theme() -> Any:
         button_primary_text_color="white",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
+        link_text_color_dark="*primary_300",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
     )

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from app_server import AppServer, draw_pictures, studio
+from app_server import AppServer, draw_pictures
 
 SECRET = "this-must-stay-inside"
 UPS = ("../", "..%2f", "%2e%2e/", "%2e%2e%2f", "..%252f", "....//", "..\\", "..%5c", "..;/", "%c0%ae%c0%ae/")
@@ -181,15 +181,15 @@ def test_the_app_works_without_any_network() -> None:
     if not possible:
         pytest.skip("this user may not make a network namespace")
     test = f"{__file__}::{test_a_page_asks_nobody_else.__name__}"
-    inner = ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", test]
+    inner = ["-m", "pytest", "-rs", "-p", "no:cacheprovider", test]
     done = subprocess.run([*alone, sys.executable, "-c", LOOPBACK_UP, *inner], capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_password_is_no_argument_of_a_job(serve: Callable[..., AppServer]) -> None:
+def test_the_password_stands_in_no_file(serve: Callable[..., AppServer]) -> None:
     word = "a-password-of-its-own"
     server = serve("--auth", f"somebody:{word}")
-    done = subprocess.run(studio("queue", "list", "--workspace", server.workspace), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    texts = [file for file in server.workspace.rglob("*") if file.is_file() and word.encode() in file.read_bytes()]
-    assert not texts
+    headers = {"Authorization": "Basic " + base64.b64encode(f"somebody:{word}".encode()).decode()}
+    assert get(server, "", **headers)[0] == 200
+    files = [server.log, *(file for file in server.workspace.rglob("*") if file.is_file())]
+    assert not [file for file in files if word.encode() in file.read_bytes()]
