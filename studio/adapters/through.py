@@ -73,9 +73,8 @@ class Enter:
                 gain = adapter.magnitude.flatten() / torch.linalg.vector_norm(changed, dim=1)
                 changed.mul_(gain[:, None])
         self.attachment.passage = Passage(args[0], up, down, scale, adapter.magnitude, gain)
-        layer.__dict__["weight"] = changed.view(
-            weight.shape
-        )  # found before the registered parameter, which stays what it is
+        # an entry of __dict__ is found before the registered parameter, which stays what it is
+        layer.__dict__["weight"] = changed.view(weight.shape)
         torch.set_grad_enabled(False)
 
 
@@ -95,7 +94,7 @@ def _lone(attachment: Attachment, x: Tensor) -> LowRank | None:
     hooked = len(layer._forward_hooks) > 1 or len(layer._forward_pre_hooks) > 1 or adapter._forward_pre_hooks
     if hooked or attachment.weight.saved or attachment.recorder is not None or autocasts(x.device):
         return None
-    if adapter.gate.rows is not None or adapter.drops:
+    if adapter.gate.rows is not None or adapter.drops or (adapter.spec.dims and x.ndim != adapter.spec.dims + 2):
         return None
     own = layer._parameters
     if any(tensor is not None and tensor.requires_grad for tensor in own.values()):  # it has gradients of its own
