@@ -235,6 +235,7 @@ def test_the_base_is_the_one_trained_on(tmp_path: Path) -> None:
         AdapterState("sd", tensors(), {"studio.config": '{"model": {"source": "builtin"}}'}), tmp_path / "b"
     )
     assert "ComfyUI" not in card_of(own) and "--model builtin" in card_of(own), "nobody else has that base"
+    assert base(ss_sd_model_name="builtin") is None, "a blend says no more than that"
     assert base(**{"studio.config": "7", "studio.blend": "[1]"}) == "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 

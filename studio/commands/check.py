@@ -66,9 +66,9 @@ def _state(file: str, needed: bool) -> AdapterState | None:
 
 def _own_base(metadata: Mapping[str, str]) -> str | None:
     """The base that a file of ours names, where it is at hand and may differ from the published one."""
-    from studio.formats.card import trained_on
+    from studio.formats.card import base_of
 
-    source = trained_on(metadata) or metadata.get("ss_sd_model_name", "")  # a blend has no settings of a training
+    source = base_of(metadata)
     return source if source == "builtin" or (Path(source).is_absolute() and Path(source).exists()) else None
 
 

@@ -74,12 +74,12 @@ def _tools(path: Path, facts: Mapping[str, Any]) -> list[str]:
     """The tools that use the whole file, as far as is known as it is meant; none for a file with tokens alone."""
     from studio.families import FAMILIES
     from studio.families.loading import load_base
-    from studio.formats.card import trained_on
+    from studio.formats.card import base_of
     from studio.formats.consumers import TOLERANCE, check_file
 
     if not facts["layers"]:
         return []
-    models = load_base("builtin")[1] if trained_on(facts["metadata"]) == "builtin" else None
+    models = load_base("builtin")[1] if base_of(facts["metadata"]) == "builtin" else None
     reports = check_file(path, FAMILIES[facts["family"]], models)
     whole = {name: report for name, report in reports.items() if not report.unused}
     return [name for name, report in whole.items() if report.error is None or report.error <= TOLERANCE]

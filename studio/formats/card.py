@@ -91,7 +91,7 @@ class Publication:
     @property
     def for_builtin(self) -> bool:
         """Whether the base is the one that comes with the studio, which other tools do not have."""
-        return not self.base and trained_on(self.metadata) == "builtin"
+        return not self.base and base_of(self.metadata) == "builtin"
 
     @property
     def triggers(self) -> list[str]:
@@ -116,6 +116,11 @@ def trained_on(metadata: Mapping[str, str]) -> str:
     settings = parsed(metadata, "studio.config")
     model = settings.get("model") if isinstance(settings, dict) else None
     return str(model.get("source", "")) if isinstance(model, dict) else ""
+
+
+def base_of(metadata: Mapping[str, str]) -> str:
+    """What a file of ours calls the base; a blend has no settings of a training, but the name its parts agree on."""
+    return trained_on(metadata) or metadata.get("ss_sd_model_name", "")
 
 
 def model_card(publication: Publication) -> ModelCard:
