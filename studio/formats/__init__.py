@@ -15,6 +15,7 @@ from studio.formats.files import load_keys
 from studio.formats.hub import locate
 from studio.formats.reading import Entries
 from studio.formats.state import AdapterState
+from studio.outputs import adapter_file
 
 FORMATS: dict[str, ModuleType] = {
     "onetrainer": onetrainer,
@@ -63,8 +64,7 @@ def write_adapter(state: AdapterState, path: str | Path, format: str = "kohya") 
             f"the format '{format}' has no place for trained tokens ({', '.join(state.embeddings)}): use one of "
             f"{', '.join(_WITH_EMBEDDINGS)}"
         )
-    name = str(path).removesuffix(".safetensors")
-    target = Path(name if format == "peft" else f"{name}.safetensors")
+    target = adapter_file(path, format)
     FORMATS[format].write(state, target)
     return target
 
@@ -82,7 +82,7 @@ def check_layers(layers: Entries, family: str, format: str) -> None:
             f"the format '{format}' has no names for {len(nameless)} of the layers: {', '.join(nameless[:5])}. "
             "Choose other targets, or another format"
         )
-    if objection := FORMATS[format].objection(layers):
+    if objection := FORMATS[format].objection(layers, family):
         others = ", ".join(name for name in FORMATS if name != format and _can_hold(name, layers, family))
         fix = f"use one of the formats {others}, or {_BAKE}" if others else _BAKE
         raise ConfigError(f"the format '{format}' cannot hold {objection.removesuffix('.')}: {fix}")
@@ -96,7 +96,7 @@ def check_format(name: str) -> None:
 
 def _can_hold(format: str, layers: Entries, family: str) -> bool:
     module = FORMATS[format]
-    return all(module.has_name(name, family) for name in layers) and not module.objection(layers)
+    return all(module.has_name(name, family) for name in layers) and not module.objection(layers, family)
 
 
 def adapter_path(source: str | Path) -> Path:

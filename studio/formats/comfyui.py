@@ -51,19 +51,13 @@ def has_name(name: str, family: str) -> bool:
     return original_name(name, family) is not None
 
 
-def objection(layers: Entries) -> str:
+def objection(layers: Entries, family: str) -> str:
     """What the format cannot hold of these layers: methods of several layers that have no form for them fused."""
-    problems = []
-    for family in _ORDER:
-        if not all(has_name(name, family) for name in layers):
-            continue
-        try:
-            to_original(layers, family)
-        except ConfigError as problem:
-            problems.append(str(problem))
-        else:
-            return ""
-    return problems[0] if problems else ""
+    try:
+        to_original(layers, family)
+    except ConfigError as problem:
+        return str(problem)
+    return ""
 
 
 def encode(state: AdapterState) -> dict[str, Tensor]:

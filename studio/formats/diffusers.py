@@ -25,7 +25,7 @@ from studio.formats.peft.forms import alpha_of, magnitude_from_peft, magnitude_t
 from studio.formats.peft.settings import is_embedding
 from studio.formats.peft.table import LOW_RANK
 from studio.formats.reading import ALPHA, DOWN, MAGNITUDE, UP, Entries, Placed, adapter_state, unknown_keys
-from studio.formats.spellings import LORA_ENDINGS, PROCESSOR, split_key, without_processor
+from studio.formats.spellings import LORA_ENDINGS, OF_PROCESSOR, split_key, without_processor
 from studio.formats.state import AdapterState
 
 CONFIG_KEY = "lora_adapter_metadata"
@@ -48,7 +48,7 @@ _TEXT_NAMES = ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight")
 def recognises(keys: Iterable[str]) -> bool:
     """Whether a file with these keys is meant to be of this format: today's, or that of bare attention processors."""
     prefixes = tuple(f"{component}." for component in _COMPONENTS)
-    return any(key.startswith(prefixes) or (".processor." in key and f"{PROCESSOR}." in key) for key in keys)
+    return any(key.startswith(prefixes) or (".processor." in key and f"{OF_PROCESSOR}." in key) for key in keys)
 
 
 def has_name(name: str, family: str) -> bool:
@@ -57,7 +57,7 @@ def has_name(name: str, family: str) -> bool:
     return component in LOADED[family] and known_layer(name) and not is_embedding(path)
 
 
-def objection(layers: Entries) -> str:
+def objection(layers: Entries, family: str) -> str:
     """What diffusers cannot hold of these layers, in words; "" where it holds them all."""
     for component, own in by_component(layers).items():
         methods = {method.method if (method := method_of(frozenset(entry))) else "?" for entry in own.values()}
@@ -119,9 +119,9 @@ def _layer_name(module: str, ending: str) -> str | None:
     """The full layer name of what stands before the ending of a key; the oldest files name no component."""
     component, _, path = module.partition(".")
     if component not in _COMPONENTS:
-        component, path = "unet", module if ending.startswith(PROCESSOR) else ""
+        component, path = "unet", module if ending.startswith(OF_PROCESSOR) else ""
     path = path.removeprefix("base_model.model.")
-    return canonical_name(component, without_processor(path) if ending.startswith(PROCESSOR) else path)
+    return canonical_name(component, without_processor(path) if ending.startswith(OF_PROCESSOR) else path)
 
 
 def _config(metadata: Mapping[str, str], source: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def has_name(name: str, family: str) -> bool:
     return name.startswith("text_encoder") and name.endswith((".token_embedding", ".shared"))
 
 
-def objection(layers: Entries) -> str:
+def objection(layers: Entries, family: str) -> str:
     """What the format cannot hold of these layers: any method but trained tokens."""
     others = [name for name, entry in layers.items() if "token_rows" not in entry]
     return f"an adapter of a layer ({others[0]})" if others else ""

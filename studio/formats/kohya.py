@@ -109,11 +109,11 @@ def has_name(name: str, family: str) -> bool:
     return module_name(name, family) is not None
 
 
-def objection(layers: Entries) -> str:
+def objection(layers: Entries, family: str) -> str:
     """What the format cannot hold of these layers: some methods on layers that are parts of a fused one."""
-    transformer = {name: entry for name, entry in layers.items() if name.startswith("transformer.")}
     try:
-        to_original(transformer, guess_family(transformer, {}))
+        if family != "sd":  # which keeps diffusers' names
+            to_original(layers, family)
     except ConfigError as problem:
         return str(problem)
     return ""

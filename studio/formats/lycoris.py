@@ -42,7 +42,7 @@ def has_name(name: str, family: str) -> bool:
     return known_layer(name) and name.partition(".")[0] in (DENOISERS[family], "text_encoder")
 
 
-def objection(layers: Entries) -> str:
+def objection(layers: Entries, family: str) -> str:
     """What the format cannot hold of these layers: nothing, whatever their methods."""
     return ""
 

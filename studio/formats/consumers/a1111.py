@@ -18,10 +18,10 @@ from studio.adapters.layers import wide
 from studio.adapters.methods import DoRA, LoRA
 from studio.formats.consumers.effect import Change, Reading, refused
 from studio.formats.consumers.places import Base, Place, flat
-from studio.formats.consumers.spelling import PEFT, spelled
 from studio.formats.consumers.subject import File, Found
 from studio.formats.embeddings import BUNDLE
 from studio.formats.reading import MAGNITUDE
+from studio.formats.spellings import PEFT, spelled
 
 METHODS = ("dora", "tucker", "lora", "loha", "ia3", "lokr", "diff", "norm", "oft")
 _OF_SD3 = re.compile(r"transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)")

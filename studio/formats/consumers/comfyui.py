@@ -16,14 +16,24 @@ from studio.adapters.layers import wide
 from studio.adapters.methods import DoRA, LoRA
 from studio.formats.consumers.effect import Change, Reading
 from studio.formats.consumers.places import Base, Place, dotted, flat
-from studio.formats.consumers.spelling import DIFFUSERS, ENCODER, LORA, PEFT, PROCESSOR, pair, processor, spelled
 from studio.formats.consumers.subject import File, Found
 from studio.formats.embeddings import ENCODERS
 from studio.formats.reading import ALPHA, MAGNITUDE
+from studio.formats.spellings import (
+    DIFFUSERS,
+    ENCODER,
+    LORA,
+    MOCHI,
+    PEFT,
+    PEFT_MODEL,
+    PROCESSOR,
+    spelled,
+    with_processor,
+)
 
 METHODS = ("dora", "tucker", "lora", "loha", "lokr", "oft", "diff", "bias", "norm")
 PAIRS = (PROCESSOR, PEFT, DIFFUSERS, ENCODER)
-_OWN_PAIRS = (pair(".lora_B", ".lora_A"), pair(".lora_B.default.weight", ".lora_A.default.weight"))
+_OWN_PAIRS = (MOCHI, PEFT_MODEL)
 _CLIP_H = {"sd": {"clip_h": "text_encoder"}}  # what it calls Stable Diffusion 2's
 CLIPS = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
 # the encoder that is no CLIP, by family: component -> prefixes
@@ -52,7 +62,7 @@ def denoiser(base: Base) -> dict[str, Place]:
     places = flat("lora_unet_", base.original) | dotted("diffusion_model.", base.original)
     places |= flat("lycoris_", base.denoiser)
     if base.has_unet:
-        processors = {processor(path): place for path, place in base.denoiser.items()}
+        processors = {with_processor(path): place for path, place in base.denoiser.items()}
         return places | flat("lora_unet_", base.denoiser) | processors | dotted("unet.", processors)
     places |= dotted("transformer.", base.denoiser) | flat("lora_transformer_", base.denoiser)
     return places | (dotted("base_model.model.", base.denoiser) if base.family == "sd3" else {})

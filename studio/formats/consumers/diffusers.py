@@ -17,7 +17,10 @@ from torch import Tensor
 
 from studio.formats.consumers.effect import Reading, refused
 from studio.formats.consumers.places import Base, Place, dotted, flat, without_text_model
-from studio.formats.consumers.spelling import (
+from studio.formats.consumers.subject import File, Found
+from studio.formats.diffusers import LOADED
+from studio.formats.reading import ALPHA, MAGNITUDE
+from studio.formats.spellings import (
     DIFFUSERS,
     ENCODER,
     KOHYA,
@@ -25,11 +28,8 @@ from studio.formats.consumers.spelling import (
     PEFT,
     PEFT_MAGNITUDE,
     PROCESSOR,
-    processor,
+    with_processor,
 )
-from studio.formats.consumers.subject import File, Found
-from studio.formats.diffusers import LOADED
-from studio.formats.reading import ALPHA, MAGNITUDE
 
 _KOHYA_PREFIXES = ("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")
 
@@ -68,7 +68,7 @@ def _own(file: File, base: Base) -> Reading:
             places = dotted(f"{component}.", base.denoiser)
             spellings = [({**PEFT, **vectors}, places)]
             if "lora_A" not in next((key for key in file.tensors if key.startswith(f"{component}.")), ""):
-                processors = {processor(name): place for name, place in places.items()}
+                processors = {with_processor(name): place for name, place in places.items()}
                 spellings += [({**DIFFUSERS, **vectors}, places), (PROCESSOR, processors)]
         for spelling, names in spellings:
             for found in file.adapters(names, spelling, LORA):

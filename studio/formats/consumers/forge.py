@@ -9,8 +9,8 @@ from __future__ import annotations
 from studio.formats.consumers import comfyui
 from studio.formats.consumers.effect import Reading, refused
 from studio.formats.consumers.places import Base, dotted, flat
-from studio.formats.consumers.spelling import LORA, spelled
 from studio.formats.consumers.subject import File
+from studio.formats.spellings import LORA, spelled
 
 METHODS = tuple(method for method in comfyui.METHODS if method != "oft")
 _LEFT_OVER = 12  # the most keys that it does without

@@ -12,9 +12,9 @@ from dataclasses import replace
 from studio.adapters.methods.lokr import factorization
 from studio.formats.consumers.effect import Reading, refused
 from studio.formats.consumers.places import Base, Place, flat, without_text_model
-from studio.formats.consumers.spelling import spelled
 from studio.formats.consumers.subject import Entry, File, Found
 from studio.formats.reading import ALPHA, MAGNITUDE
+from studio.formats.spellings import spelled
 
 METHODS = ("dora", "tucker", "lora", "loha", "lokr", "oft", "diff", "norm")
 

@@ -14,9 +14,9 @@ import re
 
 from studio.formats.consumers.effect import Reading, refused
 from studio.formats.consumers.places import Base, Place, flat
-from studio.formats.consumers.spelling import KOHYA
 from studio.formats.consumers.subject import File
 from studio.formats.reading import DOWN
+from studio.formats.spellings import KOHYA
 
 # the layers outside of blocks; FLUX's embedders are among its modules, SD3's last layer too
 _OUTSIDE = {

@@ -62,7 +62,7 @@ def has_name(name: str, family: str) -> bool:
     return known_layer(name) and name.partition(".")[0] in FAMILIES[family].components
 
 
-def objection(layers: Entries) -> str:
+def objection(layers: Entries, family: str) -> str:
     """What PEFT cannot hold of these layers, in words; "" where it holds them all."""
     projected = 0
     for component, own in by_component(layers).items():
