@@ -42,6 +42,10 @@ def _one_or_more(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_listed)]
+Layout = Literal["kohya", "diffusers", "peft", "comfyui", "lycoris", "onetrainer"]
+"""The layouts of adapter files that hold layers."""
+Precision = Literal["fp32", "fp16", "bf16"]
+"""The numbers in an adapter file."""
 
 
 class Group(BaseModel):
@@ -199,7 +203,7 @@ class OutputConfig(Group):
     """Folder that holds the runs; the default is below $STUDIO_HOME, or below the current folder."""
     name: str = Field("", pattern=r"^[^/\\]*$", max_length=100)
     """Name of the run and its file; without a value, the name of the data folder."""
-    format: Literal["kohya", "diffusers", "peft", "comfyui", "lycoris", "onetrainer"] = "kohya"
+    format: Layout = "kohya"
     """Layout of the saved file: "kohya" loads in most tools."""
     trackers: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_listed)] = []
     """Services that get the metrics beside the run folder: tensorboard, wandb."""

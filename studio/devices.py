@@ -11,6 +11,11 @@ from studio.errors import ConfigError
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def stored_dtype(precision: str) -> torch.dtype | None:
+    """The dtype that a file's numbers are rounded to; None for fp32, which rounds nothing."""
+    return None if precision == "fp32" else PRECISIONS[precision]
+
+
 def best_device() -> torch.device:
     """The accelerator of this machine, or the CPU; `accelerate launch --cpu` means the CPU."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):

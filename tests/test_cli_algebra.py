@@ -25,7 +25,8 @@ from studio.algebra.bases import open_base
 from studio.algebra.change import Layer, change_of
 from studio.algebra.views import base_views
 from studio.cli import app
-from studio.commands.algebra import METHOD_HELP, Format
+from studio.commands.algebra import METHOD_HELP
+from studio.config import Layout
 from studio.diffusion.lora import loras, parse_lora
 from studio.errors import ConfigError
 from studio.families.loading import load_base
@@ -219,8 +220,8 @@ def test_resize_merge_and_extract(small: Path, run, tmp_path: Path) -> None:
 
 
 def test_layouts_are_those_that_hold_layers(small: Path, run, tmp_path: Path) -> None:
-    assert set(get_args(Format)) == set(FORMATS) - {"embedding"}
-    for layout in get_args(Format):
+    assert set(get_args(Layout)) == set(FORMATS) - {"embedding"}
+    for layout in get_args(Layout):
         made = run(small, "blend", "ink.safetensors", "-o", tmp_path / layout, "--format", layout)
         assert read_adapter(made["file"]).tensors.keys() == read_adapter("ink.safetensors").tensors.keys()
 

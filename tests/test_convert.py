@@ -15,8 +15,7 @@ from studio.adapters import AdapterConfig, AdapterPlan, AdapterSet, WeightView, 
 from studio.algebra.bake import bake_diff, bake_lora
 from studio.cli import app
 from studio.commands import files
-from studio.commands.algebra import Format
-from studio.config import TrainSDConfig
+from studio.config import Layout, TrainSDConfig
 from studio.errors import ConfigError
 from studio.families import FAMILIES
 from studio.formats import FORMATS, format_of, read_adapter, write_adapter
@@ -80,7 +79,7 @@ def test_the_help_and_the_schemas_name_every_layout():
     layouts = set(FORMATS)
     assert all(name in files.TO_HELP for name in layouts)
     schema = TrainSDConfig.model_fields["output"].annotation
-    assert set(get_args(schema.model_fields["format"].annotation)) == set(get_args(Format)) == layouts - {"embedding"}
+    assert set(get_args(schema.model_fields["format"].annotation)) == set(get_args(Layout)) == layouts - {"embedding"}
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "oft", "diff"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from studio.adapters.targets import select
-from studio.algebra.bases import Base, DiffusersFolder, SingleFile, weight_files
+from studio.algebra.bases import Base, DiffusersFolder, SingleFile, local_base, open_base, weight_files
 from studio.algebra.change import Change, Layer, located
 from studio.algebra.cut import Cut
 from studio.algebra.report import CombinedState, Tally
@@ -118,6 +118,15 @@ def model_weights(family: ModelFamily, models: Models) -> Weights:
         for prefix, module in family.prefixes(models).items()
         for name, tensor in module.state_dict().items()
     }
+
+
+def checkpoints(base: str, tuned: str) -> tuple[Weights, Weights, str]:
+    """The tensors of two bases as the user names them, and their family. Raises ConfigError where these differ."""
+    places = [open_base(local_base(source)) for source in (base, tuned)]
+    one, other = (place.family for place in places)
+    if one != other:
+        raise ConfigError(f"{base} is {one} and {tuned} is {other}: nothing to compare")
+    return base_weights(places[0]), base_weights(places[1]), one
 
 
 def base_weights(base: Base) -> Weights:

@@ -28,6 +28,7 @@ from studio.algebra.views import target_of
 from studio.errors import ConfigError
 from studio.formats.metadata import BLEND, OF_ONE_FILE, merged
 from studio.formats.state import AdapterState
+from studio.outputs import check_unused
 
 Part = tuple[Mapping[str, Tensor], float]
 """A layer's entry, and the strength that it is merged with."""
@@ -69,8 +70,7 @@ def merge(source: str, ingredients: Sequence[Ingredient], target: Path, config: 
     Raises ConfigError for a target that exists, an adapter for another family, layers that the base does not have,
     trained tokens, a weight that overflows, and settings that match nothing.
     """
-    if target.exists():
-        raise ConfigError(f"'{target}' exists already: choose another name, or remove it first")
+    check_unused(target)
     base = open_base(local_base(source))
     parts = _parts_by_layer(base, ingredients)
     with _whole(target) as partial:

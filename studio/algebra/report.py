@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class BlendReport:
     def sign_conflict(self) -> float:
         """The mean over the layers of two inputs and more; 0 without any."""
         return sum(self.sign_conflicts.values()) / (len(self.sign_conflicts) or 1)
+
+    def figures(self) -> dict[str, Any]:
+        """Everything that is told of it, as JSON has it."""
+        return {**asdict(self), "residual": self.residual, "sign_conflict": self.sign_conflict}
 
     def __str__(self) -> str:
         counted = f"up to {self.sampled_rows} rows of each layer" if self.sampled_rows else "all entries"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from studio.commands.algebra_text import analysis_text, exactness, learnt_text, merge_text, summary
 from studio.commands.flags import Json
+from studio.config import Layout, Precision
 from studio.errors import ConfigError
 from studio.jobs.given import Given, bases_for, read_given
+from studio.outputs import adapter_file, check_unused
 from studio.terminal import emit
 
 if TYPE_CHECKING:
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
     from studio.algebra.analyze import Analysis
     from studio.jobs.given import Bases
 
-Format = Literal["kohya", "diffusers", "peft", "comfyui", "lycoris", "onetrainer"]
-Precision = Literal["fp32", "fp16", "bf16"]
 METHOD_HELP = "linear, slerp, magnitude-prune, ties, dare, dare-ties, della or breadcrumbs."
 BASE_HELP = "The base that they are for: builtin, a folder, a .safetensors checkpoint or a hub id."
 NEEDS_BASE = "Needed for LoHa, LoKr, DoRA and all else whose change the file alone does not tell."
@@ -36,7 +36,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="The new file, or f
 Rank = Annotated[int | None, typer.Option(help=RANK_HELP, min=1)]
 Energy = Annotated[float | None, typer.Option(help=ENERGY_HELP)]
 Base = Annotated[str | None, typer.Option(help=f"{BASE_HELP} {NEEDS_BASE}")]
-Layout = Annotated[Format, typer.Option("--format", help="Layout of the file.")]
+Format = Annotated[Layout, typer.Option("--format", help="Layout of the file.")]
 Dtype = Annotated[Precision, typer.Option(help="Numbers in the file; fp32 rounds nothing.")]
 Strengths = Annotated[list[str] | None, typer.Option("--strength", metavar="PATTERN=F", help=STRENGTH_HELP)]
 
@@ -63,7 +63,7 @@ def blend(
     base: Base = None,
     base_config: Annotated[str | None, typer.Option(help=CONFIG_HELP)] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks and of --learn.", min=0)] = 0,
-    layout: Layout = "kohya",
+    layout: Format = "kohya",
     dtype: Dtype = "fp32",
     as_json: Json = False,
 ) -> None:
@@ -83,8 +83,8 @@ def blend(
         raise ConfigError("--learn needs --base and --prompts, --prompts needs --learn, and --picture needs --analyze")
     if learn and (method != "linear" or sets):
         raise ConfigError("--learn finds the coefficients by itself: it takes no --method and no --set")
-    for path in ([_file(output, layout)] if output else []) + ([picture] if picture else []):
-        _check_unused(path)
+    for path in ([adapter_file(output, layout)] if output else []) + ([picture] if picture else []):
+        check_unused(path)
     given = read_given(adapters, strength or [])
     bases = bases_for(base, given)
     result: dict[str, Any] = {"adapters": list(zip(given.names, given.weights, strict=True))}
@@ -93,7 +93,9 @@ def blend(
         result["analysis"] = found = _analysis(given, bases, picture)
         lines += analysis_text(found, picture)
     if output:
-        cut = {"rank": rank, "energy": energy, "dtype": _dtype(dtype)}
+        from studio.devices import stored_dtype
+
+        cut = {"rank": rank, "energy": energy, "dtype": stored_dtype(dtype)}
         if learn:
             made, result["learned"] = _learnt(
                 given, bases, base or "", base_config, prompts or [], learn_steps, seed, cut
@@ -114,7 +116,7 @@ def resize(
     sv_ratio: Annotated[float | None, typer.Option(help="Keep singular values of at least the largest / this.")] = None,
     frobenius: Annotated[float | None, typer.Option(help="Keep this share of each layer's Frobenius norm.")] = None,
     base: Base = None,
-    layout: Layout = "kohya",
+    layout: Format = "kohya",
     dtype: Dtype = "fp32",
     as_json: Json = False,
 ) -> None:
@@ -125,8 +127,9 @@ def resize(
     studio resize big.safetensors --energy 0.95 -o small.safetensors
     """
     from studio.algebra import resize as make
+    from studio.devices import stored_dtype
 
-    _check_unused(_file(output, layout))
+    check_unused(adapter_file(output, layout))
     given = read_given([file], [])
     made = make(
         given.states[0],
@@ -136,7 +139,7 @@ def resize(
         frobenius=frobenius,
         bases=bases_for(base, given),
         name=given.names[0],
-        dtype=_dtype(dtype),
+        dtype=stored_dtype(dtype),
     )
     result = _written(made, output, layout)
     emit(result, "\n".join([*summary(made, result, file), *exactness(made)]), as_json)
@@ -154,7 +157,7 @@ def extract(
     norms: Annotated[bool, typer.Option("--norms", help="Take changed norms too.")] = False,
     biases: Annotated[bool, typer.Option("--biases", help="Take changed biases too.")] = False,
     min_diff: Annotated[float, typer.Option(help="Take no tensor that changes by less everywhere.", min=0)] = 0.0,
-    layout: Layout = "kohya",
+    layout: Format = "kohya",
     dtype: Dtype = "fp32",
     as_json: Json = False,
 ) -> None:
@@ -164,16 +167,12 @@ def extract(
     studio extract base.safetensors tuned.safetensors --rank 32 -o tuned-lora.safetensors
     """
     from studio.algebra import extract as make
-    from studio.algebra.bases import local_base, open_base
-    from studio.algebra.extract import base_weights
+    from studio.algebra.extract import checkpoints
+    from studio.devices import stored_dtype
 
-    _check_unused(_file(output, layout))
-    places = [open_base(local_base(source)) for source in (base, tuned)]
-    if places[0].family != places[1].family:
-        raise ConfigError(f"{base} is {places[0].family} and {tuned} is {places[1].family}: nothing to compare")
+    check_unused(adapter_file(output, layout))
     made = make(
-        *map(base_weights, places),
-        places[0].family,
+        *checkpoints(base, tuned),
         rank,
         energy=energy,
         targets=targets or (),
@@ -181,7 +180,7 @@ def extract(
         biases=biases,
         min_diff=min_diff,
         names=(base, tuned),
-        dtype=_dtype(dtype),
+        dtype=stored_dtype(dtype),
     )
     result = _written(made, output, layout)
     emit(result, "\n".join([*summary(made, result, f"{tuned} - {base}"), *exactness(made)]), as_json)
@@ -207,7 +206,7 @@ def merge(
 
     if single_file and output.suffix != ".safetensors":
         output = output.with_name(f"{output.name}.safetensors")
-    _check_unused(output)
+    check_unused(output)
     given = read_given(lora, strength or [])
     parts = zip(given.names, given.states, given.weights, given.strengths, strict=True)
     made = make(base, [Ingredient(*part) for part in parts], output, base_config)
@@ -216,23 +215,6 @@ def merge(
 
 
 # -- what they share -------------------------------------------------------------------------
-
-
-def _check_unused(path: Path) -> None:
-    if path.exists():
-        raise ConfigError(f"'{path}' exists already: choose another name, or remove it first")
-
-
-def _file(output: Path, layout: str) -> Path:
-    """Where `write_adapter` writes."""
-    name = output.name.removesuffix(".safetensors")
-    return output.with_name(name if layout == "peft" else f"{name}.safetensors")
-
-
-def _dtype(name: str) -> Any:
-    from studio.devices import PRECISIONS
-
-    return None if name == "fp32" else PRECISIONS[name]
 
 
 def _settings(texts: Sequence[str]) -> dict[str, Any]:
@@ -312,13 +294,10 @@ def _written(made: CombinedState, output: Path, layout: str) -> dict[str, Any]:
 
     file = write_adapter(made, output, layout)
     files = [file] if file.is_file() else [one for one in file.rglob("*") if one.is_file()]
-    report = made.report
     return {
         "file": file,
         "format": layout,
         "layers": len(made.tensors),
         "bytes": sum(one.stat().st_size for one in files),
-        **{field.name: getattr(report, field.name) for field in fields(report)},
-        "residual": report.residual,
-        "sign_conflict": report.sign_conflict,
+        **made.report.figures(),
     }

@@ -9,6 +9,7 @@ import typer
 
 from studio.commands.flags import Json
 from studio.errors import ConfigError
+from studio.outputs import adapter_file, check_unused
 from studio.terminal import emit
 
 if TYPE_CHECKING:
@@ -50,9 +51,8 @@ def convert(
     if (rank and bake != "lora") or (base and not bake):
         raise ConfigError("--rank is for --bake lora, and --base for --bake: add it, or leave them out")
     output = output or _default_output(file, to)
-    target = output if to == "peft" else output.with_name(output.name.removesuffix(".safetensors") + ".safetensors")
-    if target.exists():
-        raise ConfigError(f"'{target}' exists already: choose another name, or remove it first")
+    target = output if to == "peft" else adapter_file(output, to)
+    check_unused(target)
     state, lines = read_adapter(file), []
     result: dict[str, Any] = {"format": to}
     if bake:

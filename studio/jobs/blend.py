@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from studio.config import Group, Names, absolute
-from studio.errors import ConfigError
+from studio.config import Group, Layout, Names, Precision, absolute
 from studio.jobs.draw import AdapterUse
 from studio.jobs.result import Result
+from studio.outputs import adapter_file, check_unused
 from studio.runs import Run
 from studio.workspace import Workspace
 
@@ -30,9 +29,9 @@ class FileConfig(Group):
     """Its name, without the ending."""
     place: Literal["library", "job"] = "library"
     """In the library, or only in the job's folder, to be looked at first."""
-    format: Literal["kohya", "diffusers", "peft", "comfyui", "lycoris", "onetrainer"] = "kohya"
+    format: Layout = "kohya"
     """Layout of the file: "kohya" loads in most tools."""
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Numbers in the file; fp32 rounds nothing."""
 
 
@@ -123,6 +122,7 @@ class MergeConfig(Group):
 def blend(config: BlendConfig, run: Run) -> Result:
     """Blends into a file; the facts are the figures of its report."""
     from studio.algebra import blend as make
+    from studio.devices import stored_dtype
     from studio.jobs.given import bases_for
 
     run.update_status(message="reading the adapters")
@@ -139,7 +139,7 @@ def blend(config: BlendConfig, run: Run) -> Result:
         bases=bases,
         names=given.names,
         seed=config.seed,
-        dtype=_dtype(config.file),
+        dtype=stored_dtype(config.file.precision),
         **config.settings,
     )
     return _written(made, config.file, run)
@@ -163,6 +163,7 @@ def analyze(config: AnalyzeConfig, run: Run) -> Result:
 def resize(config: ResizeConfig, run: Run) -> Result:
     """Cuts an adapter down into a file; the facts are the figures of its report."""
     from studio.algebra import resize as make
+    from studio.devices import stored_dtype
     from studio.jobs.given import bases_for
 
     run.update_status(message="resizing")
@@ -175,7 +176,7 @@ def resize(config: ResizeConfig, run: Run) -> Result:
         frobenius=config.frobenius,
         bases=bases_for(config.base or None, given),
         name=given.names[0],
-        dtype=_dtype(config.file),
+        dtype=stored_dtype(config.file.precision),
     )
     return _written(made, config.file, run)
 
@@ -183,17 +184,12 @@ def resize(config: ResizeConfig, run: Run) -> Result:
 def extract(config: ExtractConfig, run: Run) -> Result:
     """Takes the difference of two checkpoints into a file; the facts are the figures of its report."""
     from studio.algebra import extract as make
-    from studio.algebra.bases import local_base, open_base
-    from studio.algebra.extract import base_weights
+    from studio.algebra.extract import checkpoints
+    from studio.devices import stored_dtype
 
     run.update_status(message="comparing the checkpoints")
-    base, tuned = (open_base(local_base(source)) for source in (config.base, config.tuned))
-    if base.family != tuned.family:
-        raise ConfigError(f"{config.base} is {base.family} and {config.tuned} is {tuned.family}: nothing to compare")
     made = make(
-        base_weights(base),
-        base_weights(tuned),
-        base.family,
+        *checkpoints(config.base, config.tuned),
         config.rank,
         energy=config.energy,
         targets=config.targets,
@@ -201,7 +197,7 @@ def extract(config: ExtractConfig, run: Run) -> Result:
         biases=config.biases,
         min_diff=config.min_diff,
         names=(config.base, config.tuned),
-        dtype=_dtype(config.file),
+        dtype=stored_dtype(config.file.precision),
     )
     return _written(made, config.file, run)
 
@@ -234,21 +230,12 @@ def _given(uses: list[AdapterUse]) -> Given:
     return Given(states, [use.strength for use in uses], names, [dict(use.blocks) for use in uses])
 
 
-def _dtype(file: FileConfig) -> Any:
-    from studio.devices import PRECISIONS
-
-    return None if file.precision == "fp32" else PRECISIONS[file.precision]
-
-
 def _written(made: CombinedState, file: FileConfig, run: Run) -> Result:
     from studio.formats import write_adapter
 
     folder = _workspace(run).library if file.place == "library" else run.folder
-    path = folder / (file.name if file.format == "peft" else f"{file.name}.safetensors")
-    if path.exists():
-        raise ConfigError(f"'{path}' exists already: choose another name, or remove it first")
+    path = adapter_file(folder / file.name, file.format)
+    check_unused(path)
     folder.mkdir(parents=True, exist_ok=True)
     written = write_adapter(made, path, file.format)
-    report = made.report
-    figures = {**asdict(report), "residual": report.residual, "sign_conflict": report.sign_conflict}
-    return Result([Path(written)], {"layers": len(made.tensors), **figures})
+    return Result([written], {"layers": len(made.tensors), **made.report.figures()})

@@ -29,6 +29,11 @@ class Context:
         relative = quote(str(place.relative_to(self.workspace.root)))
         return f"/files/{relative}" + (f"?width={width}" if width else "")
 
+    def picture(self, place: Any, alt: str, width: int) -> str:
+        """HTML of a picture's thumbnail, which opens the whole."""
+        image = f'<img src="{self.url(place, width)}" alt="{escape(alt)}" loading="lazy">'
+        return f'<a href="{self.url(place)}" target="_blank">{image}</a>'
+
 
 def empty(title: str, next_step: str) -> str:
     """The HTML of a screen with nothing on it yet: what will be here, and what to do now."""

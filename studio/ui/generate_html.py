@@ -165,8 +165,7 @@ def grid_html(context: Context, view: View, rows: Sequence[str], columns: Sequen
 def _cell(context: Context, file: Path | None, label: str) -> str:
     if file is None:
         return '<td><div class="waits" aria-label="not drawn yet">…</div></td>'
-    picture = f'<img src="{context.url(file, THUMBNAIL)}" alt="{escape(label.strip())}" loading="lazy">'
-    return f'<td><a href="{context.url(file)}" target="_blank">{picture}</a></td>'
+    return f"<td>{context.picture(file, label.strip(), THUMBNAIL)}</td>"
 
 
 def history_html(context: Context, pictures: Iterable[tuple[Path, str]]) -> str:

@@ -160,8 +160,7 @@ def pictures_html(context: Context, heads: Sequence[str], rows: Sequence[tuple[s
 def _cell(context: Context, picture: Path | None, caption: str) -> str:
     if picture is None:
         return "<td>none</td>"
-    image = f'<img src="{context.url(picture, THUMBNAIL)}" alt="{escape(caption)}" loading="lazy">'
-    return f'<td><a href="{context.url(picture)}" target="_blank">{image}</a></td>'
+    return f"<td>{context.picture(picture, caption, THUMBNAIL)}</td>"
 
 
 def differences_html(heads: Sequence[str], rows: Mapping[str, Sequence[Any]]) -> str:
