@@ -12,12 +12,10 @@ import tiny
 from PIL import Image
 
 from studio import jobs
-from studio.adapters import AdapterConfig, AdapterPlan
 from studio.diffusion.generate import GenerateRequest, generate
 from studio.diffusion.metadata import read_parameters
 from studio.errors import ConfigError
 from studio.families.loading import load_base
-from studio.formats import write_adapter
 from studio.jobs import queue
 from studio.jobs.draw import DrawConfig, draw, read_picture
 from studio.jobs.result import Result
@@ -31,11 +29,7 @@ FOX = {"prompt": "a red fox", "steps": 3, "seed": 5}
 def workspace(tmp_path: Path) -> Workspace:
     """With two adapters in its library, "ink" and "wash"."""
     workspace = Workspace(tmp_path / "home").create()
-    for seed, name in enumerate(("ink", "wash")):
-        plan = AdapterPlan(("attention", "text-encoder"), config=AdapterConfig(rank=2 + seed, alpha=1.0))
-        family, _, adapters = tiny.random_adapter("sd15", plan)
-        write_adapter(tiny.state_of(family, adapters), workspace.library / f"{name}.safetensors")
-        adapters.detach()
+    tiny.write_two(workspace.library)
     return workspace
 
 

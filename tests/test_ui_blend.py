@@ -33,11 +33,7 @@ ROWS = [(INK, 0.8, ""), (WASH, 0.5, "text-encoder = 0.5")]
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """With two adapters in its library, and nobody who works on its queue but `work`."""
     workspace = Workspace(tmp_path / "home").create()
-    for seed, name in enumerate(("ink", "wash")):
-        plan = AdapterPlan(("attention", "text-encoder"), config=AdapterConfig(rank=2 + seed, alpha=1.0))
-        family, _, adapters = tiny.random_adapter("sd15", plan)
-        write_adapter(tiny.state_of(family, adapters), workspace.library / f"{name}.safetensors")
-        adapters.detach()
+    tiny.write_two(workspace.library)
     monkeypatch.setattr(jobs, "ensure_supervisor", lambda workspace: None)
     return workspace
 

@@ -17,6 +17,7 @@ from torch import nn
 from studio.adapters import AdapterConfig, AdapterPlan, AdapterSet, inject
 from studio.families.base import DiffusionFamily, Models
 from studio.families.loading import load_base
+from studio.formats import write_adapter
 from studio.formats.state import AdapterState
 
 ROOT = tempfile.TemporaryDirectory(prefix="tiny-")
@@ -173,6 +174,15 @@ def random_adapter(kind: str, plan: AdapterPlan | None = None) -> tuple[Diffusio
 def state_of(family: DiffusionFamily, adapters: AdapterSet) -> AdapterState:
     """The adapter as a file's content, with some metadata of a training run."""
     return AdapterState(family.name, adapters.state(), {"ss_output_name": "tiny", "ss_seed": "1"})
+
+
+def write_two(library: Path) -> None:
+    """`ink.safetensors` and `wash.safetensors`, random adapters of different ranks."""
+    for seed, name in enumerate(("ink", "wash")):
+        plan = AdapterPlan(("attention", "text-encoder"), config=AdapterConfig(rank=2 + seed, alpha=1.0))
+        family, _, adapters = random_adapter("sd15", plan)
+        write_adapter(state_of(family, adapters), library / f"{name}.safetensors")
+        adapters.detach()
 
 
 def predict(family: DiffusionFamily, models: Models) -> torch.Tensor:
