@@ -6,11 +6,12 @@ What is chosen, and the ids of the jobs under way, are a draft that the browser 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gradio as gr
 
 from studio import jobs
+from studio.config import Layout
 from studio.errors import StudioError
 from studio.jobs.blend import BlendConfig
 from studio.ui import api
@@ -28,7 +29,7 @@ EMPTY = empty(
     "Blending makes one adapter out of several. Train a second one in Train, or drop .safetensors files in Library.",
 )
 CUTS = [("Exact: nothing is cut", "exact"), ("At most this rank", "rank"), ("Keep this share (energy)", "energy")]
-FORMATS = ["kohya", "diffusers", "peft", "comfyui", "lycoris", "onetrainer"]
+FORMATS = list(get_args(Layout))
 
 
 def build(context: Context) -> None:

@@ -18,6 +18,7 @@ from studio import jobs
 from studio.errors import ConfigError
 from studio.jobs.blend import AnalyzeConfig, BlendConfig
 from studio.jobs.draw import AdapterUse, DrawConfig
+from studio.outputs import adapter_file
 from studio.settings import explain
 from studio.ui.adapters import AdapterFile, find
 from studio.workspace import Workspace
@@ -206,8 +207,7 @@ def save(workspace: Workspace, config: BlendConfig, scene: Scene, name: str, for
     name = free_name(workspace, name)
     file = {"name": name, "place": "library", "format": format, "precision": precision}
     whole = checked(BlendConfig, {**config.model_dump(), "file": file})
-    made = workspace.library / (name if format == "peft" else f"{name}.safetensors")
-    drawn = scene.draw([AdapterUse(source=str(made))])
+    drawn = scene.draw([AdapterUse(source=str(adapter_file(workspace.library / name, format)))])
     return [jobs.submit(workspace, "blend", whole, name), jobs.submit(workspace, "draw", drawn, f"{name} alone")]
 
 
