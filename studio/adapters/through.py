@@ -91,6 +91,8 @@ def _lone(attachment: Attachment, x: Tensor) -> LowRank | None:
     if len(acting) != 1 or not isinstance(acting[0], LowRank):
         return None
     adapter, layer = acting[0], attachment.target.layer
+    if not adapter.passes(x.numel() // adapter.spec.in_features):
+        return None
     hooked = len(layer._forward_hooks) > 1 or len(layer._forward_pre_hooks) > 1 or adapter._forward_pre_hooks
     if hooked or attachment.weight.saved or attachment.recorder is not None or autocasts(x.device):
         return None
@@ -101,7 +103,7 @@ def _lone(attachment: Attachment, x: Tensor) -> LowRank | None:
         return None
     if not x.dtype == own["weight"].dtype == next(adapter.parameters()).dtype:  # type: ignore[union-attr]
         return None
-    return adapter if adapter.passes(x.numel() // adapter.spec.in_features) else None
+    return adapter
 
 
 _rooms = threading.local()
